@@ -1,0 +1,78 @@
+# Everything from a fresh clone, with Python 3.11, a C++ compiler and make: `make test`, `make demo`.
+# Set-up and build come along and are remembered: a second run starts at once.
+
+PYTHON ?= python3
+# Passed on to pip where torch itself is installed, e.g. to choose an index with CPU-only builds.
+PIP_TORCH_ARGS ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE   := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
+
+# The instrumented build and how Python runs on it. Python is not instrumented itself: the runtime of
+# AddressSanitizer has to be loaded first, and with it libstdc++, which it looks into when it starts.
+# Python frees little before it exits, so leaks are not looked for. Needs GCC.
+SANITIZE  := build/sanitize/lib
+SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZE) PYTHONSAFEPATH=1 $(BIN)/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build test demo lint format sanitize bench clean
+
+help:  ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "Variables: PYTHON, PIP_TORCH_ARGS, and those of setup.py (CXX, MAX_JOBS, ...)."
+
+build: $(VENV)/built  ## set up .venv and compile in place
+
+test: build  ## all tests; only some: make test ARGS="-k packed"
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
+	$(BIN)/python examples/char_lm.py $(ARGS)
+
+bench: build  ## measure against nn.RNN, write benchmarks/results, print the table
+	$(BIN)/python benchmarks/run.py --threads 1 $(ARGS)
+	$(BIN)/python benchmarks/run.py --threads all $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+lint: $(VENV)/installed  ## style of Python and C++; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/installed  ## rewrite Python and C++ in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# A build in a directory of its own: the normal one stays as it is. Before any test it is shown that
+# the library is instrumented and that it is the one Python loads.
+sanitize: build  ## kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	TORCH_BPTT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZE)
+	nm -D $(SANITIZE)/torch_bptt/_C.*.so | grep -m 1 __asan_init
+	nm -D $(SANITIZE)/torch_bptt/_C.*.so | grep -m 1 __ubsan_handle
+	$(SANITIZED) -c 'import torch_bptt._C as c; print(c.__file__); assert "$(SANITIZE)" in c.__file__'
+	$(SANITIZED) -m pytest --capture=sys tests/test_kernels.py $(ARGS)
+
+clean:  ## remove all that was built, .venv too
+	rm -rf $(VENV) build dist *.egg-info torch_bptt/_C*.so .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/built: $(VENV)/installed setup.py $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# torch first and alone: nothing else then has a say in which build of it is taken. The last line
+# makes the working tree importable from everywhere, without a second build.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("needs Python 3.11: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_TORCH_ARGS) $$(grep '^torch==' requirements.txt)
+	$(PIP) install -r requirements.txt
+	@echo '$(CURDIR)' > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_bptt.pth
+	@touch $@

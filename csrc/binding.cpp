@@ -1,0 +1,76 @@
+// The operators' schemas, and the Python module torch_bptt._C with facts about the build. The only
+// file with Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/activations.h"
+#include "cpu/kernels.h"
+#include "operators.h"
+
+TORCH_LIBRARY(torch_bptt, m) {
+  m.set_python_module("torch_bptt.operators");
+  m.def(
+      "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias, Tensor? "
+      "batch_sizes=None, "
+      "Tensor? keep=None, *, str activation, float alpha=1.0, bool reverse=False) "
+      "-> (Tensor h, Tensor h_n, Tensor f)");
+  m.def(
+      "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor f, "
+      "Tensor weight_ih, "
+      "Tensor weight_hh, Tensor? batch_sizes=None, Tensor? keep=None, *, str activation, float "
+      "alpha=1.0, "
+      "bool reverse=False, int truncate=0, float? clip=None, bool[5] wanted) "
+      "-> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor "
+      "grad_bias)");
+  m.def(
+      "adjoint_scan(Tensor g, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, Tensor? "
+      "keep=None, *, "
+      "float alpha=1.0, bool reverse=False, int truncate=0, float? clip=None) -> (Tensor d, Tensor "
+      "d0)");
+  m.def(
+      "tangent_scan(Tensor c, Tensor? q0, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, "
+      "Tensor? keep=None, *, float alpha=1.0, bool reverse=False, int truncate=0) -> Tensor q");
+}
+
+TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) {
+  m.impl("rnn_forward", torch_bptt::rnn_forward);
+  m.impl("rnn_backward", torch_bptt::rnn_backward);
+  m.impl("adjoint_scan", torch_bptt::adjoint_scan);
+  m.impl("tangent_scan", torch_bptt::tangent_scan);
+}
+
+PYBIND11_MODULE(_C, m) {
+  namespace cpu = torch_bptt::cpu;
+  m.doc() = "Operators torch.ops.torch_bptt.* and facts about their build.";
+  m.def("activations", [] {
+    return std::vector<std::string>(std::begin(torch_bptt::kActivationNames),
+                                    std::end(torch_bptt::kActivationNames));
+  });
+  m.def("isas", [] {
+    const cpu::IsaList list = cpu::available();
+    std::vector<std::string> names;
+    for (int i = 0; i < list.count; ++i) names.emplace_back(list.sets[i]->name);
+    return names;
+  });
+  m.def("isa", [] { return std::string(cpu::kernels().name); });
+  m.def("set_isa", [](const std::string& name) {
+    if (!cpu::use(name.c_str()))
+      throw pybind11::value_error(
+          "set_isa: name must be an instruction set of this machine (isas()), got " + name);
+  });
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"build", TORCH_BPTT_BUILD},
+        {"compiler", __VERSION__},
+        {"cuda", "no"},
+        {"flags", TORCH_BPTT_CXX_FLAGS},
+        {"torch", TORCH_BPTT_BUILT_WITH_TORCH},
+    };
+  });
+  cpu::kernels();  // an unknown TORCH_BPTT_ISA is an error of the import, not of the first call
+}

@@ -1,0 +1,102 @@
+// The one wording of errors:  operation: argument must be X, expected E, got G.
+//
+// ValueError for a wrong value or shape, TypeError for a wrong kind of thing, RuntimeError for a
+// mix of dtypes or devices, as torch.nn.RNN has it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace torch_bptt {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        at::IntArrayRef expected, const char* meaning) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " must have shape ", meaning,
+                    ", expected ", expected, ", got ", tensor.sizes());
+}
+
+// Same dtype and device as the reference tensor, whose name stands first in the message.
+inline void check_like(const char* op, const char* name, const Tensor& tensor,
+                       const char* reference_name, const Tensor& reference) {
+  TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " must be on the device of ",
+              reference_name, ", expected ", reference.device(), ", got ", tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == reference.scalar_type(), op, ": ", name,
+              " must have the dtype of ", reference_name, ", expected ", reference.scalar_type(),
+              ", got ", tensor.scalar_type());
+}
+
+inline void check_alpha(const char* op, double alpha) {
+  TORCH_CHECK_VALUE(alpha > 0 && alpha <= 1, op, ": alpha must be in (0, 1], got ", alpha);
+}
+
+inline void check_truncate(const char* op, int64_t truncate) {
+  TORCH_CHECK_VALUE(truncate >= 0, op,
+                    ": truncate must be a number of steps, expected 0 (none) or more, got ",
+                    truncate);
+}
+
+inline void check_clip(const char* op, const std::optional<double>& clip) {
+  TORCH_CHECK_VALUE(!clip || *clip >= 0, op,
+                    ": clip must be a bound, expected None or 0 or more, got ", *clip);
+}
+
+// The sizes of one call, read from a (T, B, features) or packed (N, features) tensor, and which
+// rows exist when.
+struct Sizes {
+  int64_t T = 0, B = 0;
+  std::vector<int64_t> offsets, lengths;  // empty: dense
+
+  Sizes(const char* op, const char* name, const Tensor& data, const OptionalTensor& batch_sizes) {
+    if (!batch_sizes) {
+      TORCH_CHECK_VALUE(
+          data.dim() == 3, op, ": ", name,
+          " must have 3 dimensions (steps, batch, features), or 2 with batch_sizes, got ",
+          data.dim());
+      T = data.size(0);
+      B = data.size(1);
+      return;
+    }
+    TORCH_CHECK_VALUE(data.dim() == 2, op, ": ", name,
+                      " must have 2 dimensions (rows, features) with batch_sizes, got ",
+                      data.dim());
+    TORCH_CHECK_TYPE(batch_sizes->scalar_type() == at::kLong && batch_sizes->device().is_cpu() &&
+                         batch_sizes->dim() == 1,
+                     op, ": batch_sizes must be a 1-D int64 tensor on the CPU, got ",
+                     batch_sizes->dim(), "-D ", batch_sizes->scalar_type(), " on ",
+                     batch_sizes->device());
+    const Tensor contiguous = batch_sizes->contiguous();
+    const int64_t* sizes = contiguous.const_data_ptr<int64_t>();
+    T = batch_sizes->size(0);
+    B = T > 0 ? sizes[0] : 0;
+    offsets.assign(1, 0);
+    for (int64_t t = 0; t < T; ++t) {
+      TORCH_CHECK_VALUE(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
+                        ": batch_sizes must be positive and never increase, got ", sizes[t],
+                        " at step ", t, t > 0 ? " after " : "",
+                        t > 0 ? std::to_string(sizes[t - 1]) : "");
+      offsets.push_back(offsets.back() + sizes[t]);
+    }
+    TORCH_CHECK_VALUE(offsets.back() == data.size(0), op,
+                      ": batch_sizes must add up to the rows of ", name, ", expected ",
+                      data.size(0), ", got ", offsets.back());
+    lengths.resize(B);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t b = t + 1 < T ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths[b] = t + 1;
+  }
+
+  bool packed() const { return !offsets.empty(); }
+  int64_t rows() const { return packed() ? offsets.back() : T * B; }
+  // The shape of a tensor with one row of `features` for each row there is.
+  std::vector<int64_t> shape(int64_t features) const {
+    if (packed()) return {rows(), features};
+    return {T, B, features};
+  }
+};
+
+}  // namespace torch_bptt

@@ -1,0 +1,149 @@
+// What the kernels are asked to compute: sizes, rows and options as plain structs. No torch, no
+// Python, no allocation.
+//
+// Symbols: T steps, B batch rows, I input size, H hidden size, N rows in all (T*B when dense).
+#pragma once
+
+#include <cstdint>
+
+namespace torch_bptt {
+
+enum class Activation : int;  // listed in activations.h
+
+// Storage types that are computed in float32. Only their bits are kept here; cpu/simd.h converts.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// Rows of features, the features of one row contiguous. Any strides between rows, zero (expanded)
+// included.
+template <class S>
+struct Rows {
+  S* data = nullptr;  // null: absent
+  int64_t step = 0;   // elements from step t to t + 1; unused when the rows are packed
+  int64_t row = 0;    // elements from row b to b + 1
+};
+
+// Which rows exist at each step, and where the state that arrives at a step comes from.
+//
+// Dense: B rows at every step. Packed (as in PackedSequence): the rows of step t lie at offsets[t],
+// and a row that has ended is absent from then on. `reverse` runs every row from its last step to
+// its first.
+struct Schedule {
+  int64_t T = 0;
+  int64_t B = 0;
+  const int64_t* offsets = nullptr;  // (T + 1) first row of each step; null: dense
+  const int64_t* lengths = nullptr;  // (B) steps of each row; null: T
+  const bool* keep =
+      nullptr;  // (T, B) false: the state arriving at this step counts as zero; null: all true
+  bool reverse = false;
+  int64_t truncate = 0;  // k > 0: the gradient crosses a link only between steps of the same block
+                         // of k; 0: all links
+
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  int64_t rows() const { return offset(T); }
+  int64_t rows_at(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+
+  // Steps in processing order: i = 0 is the first one processed.
+  int64_t step(int64_t i) const { return reverse ? T - 1 - i : i; }
+  int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }
+
+  // Rows [0, rows_continued(t)) of step t receive a state of the step before; the others start from
+  // h0.
+  int64_t rows_continued(int64_t t) const { return common_rows(t, before(t)); }
+  // Rows [0, rows_continuing(t)) of step t hand their state to the step after; for the others step
+  // t is the last.
+  int64_t rows_continuing(int64_t t) const { return common_rows(t, after(t)); }
+
+  // Does the state arriving at step t count?
+  bool kept(int64_t t, int64_t b) const { return !keep || keep[t * B + b]; }
+  // Does the gradient cross the link that arrives at step t? Truncation cuts it where a loop would
+  // detach the state.
+  bool linked(int64_t t, int64_t b) const {
+    if (!kept(t, b)) return false;
+    if (truncate == 0) return true;
+    const int64_t own = reverse ? length(b) - 1 - t : t;  // the row's own steps, counted from zero
+    return own == 0 || own % truncate != 0;
+  }
+
+  template <class S>
+  S* row(const Rows<S>& rows, int64_t t, int64_t b) const {
+    return rows.data + (offsets ? offsets[t] * rows.row : t * rows.step) + b * rows.row;
+  }
+
+ private:
+  int64_t common_rows(int64_t t, int64_t other) const {
+    if (other < 0 || other >= T) return 0;
+    const int64_t here = rows_at(t), there = rows_at(other);
+    return here < there ? here : there;
+  }
+};
+
+// Runs task(context, 0..tasks-1), possibly at the same time; returns when all are done.
+struct Parallel {
+  int threads = 1;
+  void (*run)(int tasks, void (*task)(void* context, int index), void* context) = nullptr;
+};
+
+// h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + bias + p_t W_hh^T),   p_t the state that arrives at
+// step t
+template <class S>
+struct ForwardProblem {
+  Schedule schedule;
+  int64_t I = 0, H = 0;
+  Activation activation{};
+  double alpha = 1;
+  Rows<const S> x;       // (T, B, I) or (N, I)
+  Rows<const S> h0;      // (B, H); null: zeros
+  const S* weight_ih{};  // (H, I) contiguous
+  const S* weight_hh{};  // (H, H) contiguous
+  const S* bias{};       // (H) b_ih + b_hh; null: zeros
+  Rows<S> h;             // out (T, B, H) or (N, H)
+  S* h_n{};              // out (B, H) contiguous: the state after each row's last step
+  Rows<S> f;             // out, as h: f(z_t); null when alpha is 1, where it equals h
+};
+
+// The gradients of all that ForwardProblem reads. A null output is not computed.
+template <class S>
+struct BackwardProblem {
+  Schedule schedule;
+  int64_t I = 0, H = 0;
+  Activation activation{};
+  double alpha = 1;
+  double clip = -1;        // >= 0: clamp dL/dh_t to [-clip, clip] at every step
+  Rows<const S> grad_h;    // as h; null: zeros
+  Rows<const S> grad_h_n;  // (B, H); null: zeros
+  Rows<const S> x, h0, h;  // as in ForwardProblem
+  Rows<const S> f;         // f(z_t); h itself when alpha is 1
+  const S* weight_ih{};    // (H, I) contiguous
+  const S* weight_hh{};    // (H, H) contiguous
+  Rows<S> grad_x;          // out, as x
+  Rows<S> grad_h0;         // out (B, H)
+  S* grad_weight_ih{};     // out (H, I) contiguous
+  S* grad_weight_hh{};     // out (H, H) contiguous
+  S* grad_bias{};          // out (H)
+};
+
+// adjoint, from the last step to the first:  d_t = g_t + (1 - alpha) d_{t+1} + (gate_{t+1} d_{t+1})
+// W_hh tangent, from the first step to the last:  d_t = g_t + (1 - alpha) d_{t-1} + gate_t (d_{t-1}
+// W_hh^T) both across linked steps only; each is the transpose of the other.
+template <class S>
+struct ScanProblem {
+  Schedule schedule;
+  int64_t H = 0;
+  double alpha = 1;
+  double clip = -1;      // adjoint only
+  Rows<const S> g;       // (T, B, H) or (N, H)
+  Rows<const S> gate;    // as g: alpha f'(z_t)
+  Rows<const S> d0_in;   // tangent (B, H): the state before each row's first step; null: zeros
+  const S* weight_hh{};  // (H, H) contiguous
+  Rows<S> d;             // out, as g
+  Rows<S> d0;  // adjoint, out (B, H): the recursion once more, before each row's first step
+};
+
+}  // namespace torch_bptt

@@ -1,0 +1,227 @@
+// x, h0, weights -> input projection -> recurrent loop -> h, h_n
+#pragma once
+
+#include "../core/cell.h"
+#include "matmul.h"
+#include "vector_math.h"
+
+TORCH_BPTT_KERNELS_BEGIN
+
+// Up to kBlockRows rows of one step.
+template <class S>
+struct ForwardBlock {
+  using C = Compute<S>;
+  const C* arriving[kBlockRows];  // p_t
+  C* z[kBlockRows];               // u_t, then z_t; for float and double the row of h itself
+  S* h[kBlockRows];
+  S* f[kBlockRows];      // leaky only
+  C* state[kBlockRows];  // narrow types only: h_t as it was rounded, ready for the next product
+};
+
+// z -> h for one tile.
+template <class S>
+using ForwardCell = void (*)(const ForwardBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
+                             int64_t end, const StepOptions<Compute<S>>& options);
+
+template <class S, class A>
+void forward_cell(const ForwardBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
+                  int64_t end, const StepOptions<Compute<S>>& options) {
+  using C = Compute<S>;
+  for (int64_t r = row; r < row + rows; ++r) {
+    for_columns<C>(begin, end, [&](int64_t j, auto lanes) {
+      Vector<C> h = A::template value<VectorMath<C>>(load(block.z[r] + j, lanes));
+      if (options.leaky()) {
+        store(block.f[r] + j, h, lanes);
+        h = leak(load(block.arriving[r] + j, lanes), h, options);
+      }
+      store(block.h[r] + j, h, lanes);
+      if constexpr (kNarrow<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
+    });
+  }
+}
+
+template <class S>
+ForwardCell<S> forward_cell_of(Activation activation) {
+  switch (activation) {
+#define TORCH_BPTT_ENTRY(name, type) \
+  case Activation::name:             \
+    return forward_cell<S, type>;
+    TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
+  }
+  __builtin_unreachable();
+}
+
+// Copies rows that have no step after t to h_n.
+template <class S>
+void keep_final(const Schedule& s, int64_t t, RowRange range, const Rows<S>& h, S* h_n, int64_t H) {
+  for (int64_t b = larger(range.begin, s.rows_continuing(t)); b < smaller(range.end, s.rows_at(t));
+       ++b)
+    __builtin_memcpy(h_n + b * H, s.row(h, t, b), uint64_t(H) * sizeof(S));
+}
+
+// The states of the narrow types in float32, for the current step and the one before; float and
+// double read h itself.
+template <class C>
+struct StateRing {
+  C* data;
+  int64_t B, H;
+  C* row(int64_t t, int64_t b) const { return data + ((t & 1) * B + b) * H; }
+};
+
+template <class S>
+class ForwardLoop {
+ public:
+  ForwardLoop(const ForwardProblem<S>& problem, const Parallel& parallel)
+      : p(problem),
+        s(problem.schedule),
+        parallel(parallel),
+        tasks(tasks_for(parallel, s.rows() * p.H * (p.H + p.I), s.B / kRowsPerTask)),
+        chunk_rows(rows_per_chunk(s, p.I, p.H)),
+        chains(s.B <= 2 ? Chains::split : Chains::single),
+        options(p.alpha, -1),
+        cell(forward_cell_of<S>(p.activation)),
+        panels_ih(Panels<C>::size(p.I, p.H)),
+        panels_hh(Panels<C>::size(p.H, p.H)),
+        bias(p.H),
+        zeros(p.H),
+        h0(kNarrow<S> ? s.B * p.H : 0),
+        states(kNarrow<S> ? 2 * s.B * p.H : 0),
+        drive(kNarrow<S> ? tasks * chunk_rows * p.H : 0),
+        x_block(kNarrow<S> ? tasks * kBlockRows * p.I : 0) {}
+
+  void run() {
+    weight_ih().pack_transposed(p.weight_ih);
+    weight_hh().pack_transposed(p.weight_hh);
+    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
+      store(bias.get() + j, p.bias ? load(p.bias + j, lanes) : Vector<C>{}, lanes);
+      store(zeros.get() + j, Vector<C>{}, lanes);
+    });
+    if (kNarrow<S> && p.h0.data) {
+      for (int64_t b = 0; b < s.B; ++b) {
+        for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
+          store(h0.get() + b * p.H + j, load(p.h0.data + b * p.h0.row + j, lanes), lanes);
+        });
+      }
+    }
+    for_each_task(parallel, tasks, [this](int task) { run_task(task); });
+  }
+
+ private:
+  using C = Compute<S>;
+  // Fewer rows than this fill no tile: better on one thread.
+  static constexpr int64_t kRowsPerTask = kTileRows;
+
+  Panels<C> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
+  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H}; }
+
+  // All steps of the task's own batch rows; tasks never wait for each other.
+  void run_task(int task) {
+    const RowRange range = rows_of_task(s, task, tasks);
+    for (int64_t done = 0; done < s.T;) {
+      const Chunk chunk =
+          s.reverse ? chunk_until(s, s.T - done, chunk_rows) : chunk_from(s, done, chunk_rows);
+      project(task, chunk, range);
+      for (int64_t i = done; i < done + chunk.t1 - chunk.t0; ++i)
+        step(task, chunk, s.step(i), range);
+      done += chunk.t1 - chunk.t0;
+    }
+  }
+
+  // u = x W_ih^T + bias for the rows of a chunk.
+  void project(int task, const Chunk& chunk, RowRange range) {
+    const C* x[kBlockRows];
+    const C* init[kBlockRows];
+    C* u[kBlockRows];
+    int rows = 0;
+    const auto flush = [&] {
+      multiply(weight_ih(), p.I, chains, rows, x, init, u,
+               [](int64_t, int64_t, int64_t, int64_t) {});
+      rows = 0;
+    };
+    for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
+      for (int64_t b = range.begin; b < smaller(range.end, s.rows_at(t)); ++b) {
+        x[rows] = input(task, rows, s.row(p.x, t, b));
+        init[rows] = bias.get();
+        u[rows] = drive_row(task, chunk, t, b);
+        if (++rows == kBlockRows) flush();
+      }
+    }
+    flush();
+  }
+
+  // h_t of the task's rows.
+  void step(int task, const Chunk& chunk, int64_t t, RowRange range) {
+    const int64_t end = smaller(range.end, s.rows_at(t));
+    ForwardBlock<S> block;
+    for (int64_t b0 = range.begin; b0 < end; b0 += kBlockRows) {
+      const int64_t rows = smaller(kBlockRows, end - b0);
+      for (int64_t r = 0; r < rows; ++r) {
+        block.arriving[r] = arriving(t, b0 + r);
+        block.z[r] = drive_row(task, chunk, t, b0 + r);
+        block.h[r] = s.row(p.h, t, b0 + r);
+        if (options.leaky()) block.f[r] = s.row(p.f, t, b0 + r);
+        if constexpr (kNarrow<S>) block.state[r] = ring().row(t, b0 + r);
+      }
+      multiply(weight_hh(), p.H, chains, rows, block.arriving, block.z, block.z,
+               [&](int64_t row, int64_t count, int64_t j, int64_t columns) {
+                 cell(block, row, count, j, j + columns, options);
+               });
+    }
+    keep_final(s, t, range, p.h, p.h_n, p.H);
+  }
+
+  const C* arriving(int64_t t, int64_t b) const {
+    if (!s.kept(t, b)) return zeros.get();
+    if (b >= s.rows_continued(t)) {
+      if (!p.h0.data) return zeros.get();
+      if constexpr (kNarrow<S>)
+        return h0.get() + b * p.H;
+      else
+        return p.h0.data + b * p.h0.row;
+    }
+    if constexpr (kNarrow<S>)
+      return ring().row(s.before(t), b);
+    else
+      return s.row(p.h, s.before(t), b);
+  }
+
+  // Where u_t goes: into h itself, or for the narrow types into float32 scratch that lasts for one
+  // chunk.
+  C* drive_row(int task, const Chunk& chunk, int64_t t, int64_t b) const {
+    if constexpr (kNarrow<S>)
+      return drive.get() + (task * chunk_rows + s.offset(t) - s.offset(chunk.t0) + b) * p.H;
+    else
+      return s.row(p.h, t, b);
+  }
+
+  const C* input(int task, int slot, const S* x) const {
+    if constexpr (kNarrow<S>) {
+      C* wide = x_block.get() + (task * kBlockRows + slot) * p.I;
+      for_columns<C>(0, p.I,
+                     [&](int64_t j, auto lanes) { store(wide + j, load(x + j, lanes), lanes); });
+      return wide;
+    } else {
+      return x;
+    }
+  }
+
+  StateRing<C> ring() const { return {states.get(), s.B, p.H}; }
+
+  const ForwardProblem<S>& p;
+  const Schedule& s;
+  const Parallel& parallel;
+  const int tasks;
+  const int64_t chunk_rows;
+  const Chains chains;
+  const StepOptions<C> options;
+  const ForwardCell<S> cell;
+  Buffer<C> panels_ih, panels_hh, bias, zeros, h0, states, drive, x_block;
+};
+
+template <class S>
+void rnn_forward(const ForwardProblem<S>& problem, const Parallel& parallel) {
+  ForwardLoop<S>(problem, parallel).run();
+}
+
+TORCH_BPTT_KERNELS_END

@@ -1,0 +1,26 @@
+// AVX-512 as in Skylake-SP (2017) and Zen 4 (2022).
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+// After the headers that other files share, so that none of their inline functions is compiled for
+// this instruction set and then linked into code for another.
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#define TORCH_BPTT_ISA avx512
+#define TORCH_BPTT_TABLE kAvx512
+#define TORCH_BPTT_VECTOR_BYTES 64
+#include "kernel_table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

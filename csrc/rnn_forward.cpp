@@ -1,0 +1,62 @@
+// x, h0, weights -> h: checks, allocation, the call of a backend.
+#include "dispatch.h"
+#include "operators.h"
+
+namespace torch_bptt {
+
+std::tuple<Tensor, Tensor, Tensor> rnn_forward(
+    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
+    const OptionalTensor& bias, const OptionalTensor& batch_sizes, const OptionalTensor& keep,
+    std::string_view activation_name, double alpha, bool reverse) {
+  constexpr const char* op = "rnn_forward";
+  const Sizes sizes(op, "x", x, batch_sizes);
+  const int64_t I = x.size(-1), H = weight_hh.size(0);
+  const Activation activation = activation_of(op, activation_name);
+  const ScheduleOf schedule(op, sizes, keep, reverse);
+  check_alpha(op, alpha);
+  check_shape(op, "weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
+  check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
+  check_like(op, "weight_ih", weight_ih, "x", x);
+  check_like(op, "weight_hh", weight_hh, "x", x);
+  if (bias) {
+    check_shape(op, "bias", *bias, {H}, "(hidden_size)");
+    check_like(op, "bias", *bias, "x", x);
+  }
+  if (h0) {
+    check_shape(op, "h0", *h0, {sizes.B, H}, "(batch, hidden_size)");
+    check_like(op, "h0", *h0, "x", x);
+  }
+
+  Tensor h = at::empty(sizes.shape(H), x.options());
+  Tensor f = alpha == 1 ? at::empty({0}, x.options()) : at::empty_like(h);
+  if (h.numel() == 0)
+    return {h, h0 ? h0->clone(at::MemoryFormat::Contiguous) : at::zeros({sizes.B, H}, x.options()),
+            f};
+  Tensor h_n = at::empty({sizes.B, H}, x.options());
+
+  const Tensor x_rows = with_feature_rows(x), weight_ih_rows = weight_ih.contiguous(),
+               weight_hh_rows = weight_hh.contiguous();
+  const OptionalTensor h0_rows = with_feature_rows(h0);
+  const Tensor bias_row = bias ? bias->contiguous() : Tensor();
+  dispatch_dtype(op, x, [&](auto dtype) {
+    using S = typename decltype(dtype)::type;
+    ForwardProblem<S> problem;
+    problem.schedule = schedule.schedule;
+    problem.I = I;
+    problem.H = H;
+    problem.activation = activation;
+    problem.alpha = alpha;
+    problem.x = rows_of<S>(x_rows);
+    problem.h0 = rows_of<S>(h0_rows);
+    problem.weight_ih = const_data_of<S>(weight_ih_rows);
+    problem.weight_hh = const_data_of<S>(weight_hh_rows);
+    problem.bias = bias ? const_data_of<S>(bias_row) : nullptr;
+    problem.h = output_rows_of<S>(h);
+    problem.h_n = data_of<S>(h_n);
+    problem.f = output_rows_of<S>(f);
+    cpu::kernels().of<S>().rnn_forward(problem, torch_threads());
+  });
+  return {h, h_n, f};
+}
+
+}  // namespace torch_bptt

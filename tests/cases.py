@@ -1,0 +1,248 @@
+"""The problems that the tests solve, each under a name.
+
+To add a size, add a line to SIZES, with the reason why it is hard. To add an option, give it a
+field in Case, use it in ``forward_options`` or ``backward_options``, and add a value that switches
+it on to GRID and to EVERYTHING. Every test that runs over these then covers it.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+
+from torch_bptt import reference
+
+# name -> (T, B, I, H). The kernels work in panels of 64 or 16 columns, tiles of 6 rows and chunks
+# of at least 256 rows; numbers that these divide are the easy ones, and those just above and below
+# are where an index goes wrong.
+SIZES = {
+    "one_step": (1, 3, 4, 5),
+    "one_row": (9, 1, 4, 20),
+    "one_of_each": (1, 1, 1, 1),
+    "two_rows": (6, 2, 3, 16),
+    "one_tile": (4, 6, 64, 64),
+    "below_a_tile": (5, 5, 63, 63),
+    "above_a_tile": (5, 7, 65, 65),
+    "odd_narrow": (7, 3, 2, 17),
+    "odd_33": (5, 7, 31, 33),
+    "odd_100": (6, 17, 10, 100),
+    "odd_257": (4, 7, 5, 257),
+    "one_wide_row": (6, 1, 40, 257),
+    "many_rows": (3, 61, 7, 33),
+    "many_steps": (70, 17, 3, 20),
+    "many_chunks": (40, 17, 100, 150),
+    "no_rows": (3, 0, 4, 5),
+}
+
+GRID = {
+    "activation": ("tanh", "relu", "sigmoid", "identity"),
+    "alpha": (1.0, 0.3),
+    "packed": (False, True),
+    "keep": (False, True),
+    "reverse": (False, True),
+    "truncate": (0, 2),
+    "clip": (None, 0.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call. str(case) is its name in a test report."""
+
+    T: int = 5
+    B: int = 7
+    I: int = 3  # noqa: E741 - the symbol of the design
+    H: int = 17
+    activation: str = "tanh"
+    alpha: float = 1.0
+    packed: bool = False
+    keep: bool = False
+    reverse: bool = False
+    truncate: int = 0
+    clip: float | None = None
+    bias: bool = True
+    h0: bool = True
+
+    def __str__(self):
+        flags = [name for name in ("packed", "keep", "reverse") if getattr(self, name)]
+        flags += [f"no_{name}" for name in ("bias", "h0") if not getattr(self, name)]
+        flags += [
+            f"{name}{getattr(self, name)}" for name in ("truncate", "clip") if getattr(self, name)
+        ]
+        flags += [f"alpha{self.alpha}"] if self.alpha != 1 else []
+        return "-".join([f"T{self.T}B{self.B}I{self.I}H{self.H}", self.activation, *flags])
+
+    def but(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+EVERYTHING = {
+    "alpha": 0.3,
+    "packed": True,
+    "keep": True,
+    "reverse": True,
+    "truncate": 2,
+    "clip": 0.5,
+}
+
+
+def sized(**options):
+    """One case for each of SIZES. Without rows nothing is packed: batch sizes are positive."""
+    return [
+        Case(T, B, I, H, **(options | {"packed": options.get("packed", False) and B > 0}))
+        for T, B, I, H in SIZES.values()  # noqa: E741
+    ]
+
+
+def grid(base=None, **fixed):
+    """Every combination of GRID; ``fixed`` holds some options at one value."""
+    choices = [[fixed[name]] if name in fixed else values for name, values in GRID.items()]
+    return [
+        (base or Case()).but(**dict(zip(GRID, values, strict=True)))
+        for values in itertools.product(*choices)
+    ]
+
+
+@dataclasses.dataclass
+class Problem:
+    """The tensors of a case; all of x, h0, weights, bias and incoming gradients share dtype."""
+
+    case: Case
+    x: torch.Tensor  # (T, B, I) or (N, I)
+    h0: torch.Tensor | None  # (B, H)
+    weight_ih: torch.Tensor  # (H, I)
+    weight_hh: torch.Tensor  # (H, H)
+    bias: torch.Tensor | None  # (H,)
+    grad_h: torch.Tensor  # (T, B, H) or (N, H)
+    grad_h_n: torch.Tensor  # (B, H)
+    gate: torch.Tensor  # (T, B, H) or (N, H), for the scans alone
+    batch_sizes: torch.Tensor | None  # (T,)
+    keep: torch.Tensor | None  # (T, B)
+
+    TENSORS = ("x", "h0", "weight_ih", "weight_hh", "bias", "grad_h", "grad_h_n", "gate")
+
+    @property
+    def inputs(self):
+        return self.x, self.h0, self.weight_ih, self.weight_hh, self.bias
+
+    @property
+    def layout(self):
+        """Options of every operator."""
+        case = self.case
+        return {
+            "alpha": case.alpha,
+            "batch_sizes": self.batch_sizes,
+            "keep": self.keep,
+            "reverse": case.reverse,
+        }
+
+    @property
+    def forward_options(self):
+        return {"activation": self.case.activation, **self.layout}
+
+    @property
+    def backward_options(self):
+        return {**self.forward_options, "truncate": self.case.truncate, "clip": self.case.clip}
+
+    @property
+    def adjoint_options(self):
+        return {**self.layout, "truncate": self.case.truncate, "clip": self.case.clip}
+
+    @property
+    def tangent_options(self):
+        return {**self.layout, "truncate": self.case.truncate}
+
+    def to(self, dtype):
+        changed = {name: getattr(self, name) for name in self.TENSORS}
+        changed = {name: t if t is None else t.to(dtype) for name, t in changed.items()}
+        return dataclasses.replace(self, **changed)
+
+    def map(self, change):
+        """Apply a function to every floating tensor."""
+        changed = {name: getattr(self, name) for name in self.TENSORS}
+        return dataclasses.replace(
+            self, **{name: t if t is None else change(t) for name, t in changed.items()}
+        )
+
+
+def lengths(case):
+    """Row lengths of a packed case: longest first, uneven, between 1 and T."""
+    return sorted((case.T - row % case.T for row in range(case.B)), reverse=True)
+
+
+def problem(case, dtype=torch.float64, seed=0):
+    """Normal data, weights uniform in +-1/sqrt(H) as torch.nn.RNN initialises them."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    def uniform(*shape):
+        return (2 * torch.rand(*shape, generator=random, dtype=torch.float64) - 1) / case.H**0.5
+
+    def gate(*shape):
+        return torch.sigmoid(normal(*shape))  # in (0, 1), as slopes are
+
+    return _problem(case, normal, uniform, gate, random).to(dtype)
+
+
+def integers(case, fan=2, seed=0):
+    """Small integers in float64: data in {-1, 0, 1}, ``fan`` entries of +-1 per row of a weight.
+
+    The nonzeros of weight_hh are ``fan`` permutations, so that neither states nor gradients grow by
+    more than that factor per step. Whoever needs exact sums asserts a bound on ``largest_sum``.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def ternary(*shape):
+        return torch.randint(-1, 2, shape, generator=random).double()
+
+    def sparse(rows, columns):
+        weight = torch.zeros(rows, columns, dtype=torch.float64)
+        for _ in range(fan):
+            column = torch.randperm(max(rows, columns), generator=random)[:rows] % columns
+            sign = 2.0 * torch.randint(0, 2, (rows,), generator=random) - 1
+            weight[torch.arange(rows), column] = sign.double()
+        return weight
+
+    return _problem(case, ternary, sparse, lambda *shape: ternary(*shape).abs(), random)
+
+
+def largest_sum(p):
+    """A bound on every partial sum that an operator forms, in any order: the sums of |terms|.
+
+    Slopes are at most 1 and restarts, cuts and clamps only take away, so a linear network without
+    them on absolute values bounds states, gradients and the products of both.
+    """
+    case = p.case.but(activation="identity", keep=False, truncate=0, clip=None)
+    p = dataclasses.replace(p, case=case, keep=None).map(torch.abs)
+    h, h_n, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    grads = reference.rnn_backward(
+        p.grad_h, p.grad_h_n, p.x, p.h0, h, f, p.weight_ih, p.weight_hh, **p.backward_options,
+        wanted=[True] * 5,
+    )  # fmt: skip
+    steep = torch.ones_like(p.gate)
+    scans = reference.adjoint_scan(p.grad_h, steep, p.weight_hh, **p.layout)
+    q = reference.tangent_scan(p.grad_h, p.grad_h_n, steep, p.weight_hh, **p.layout)
+    return max(t.max().item() for t in (h, h_n, *grads, *scans, q) if t.numel())
+
+
+def _problem(case, data, weight, gate, random):
+    batch_sizes = None
+    rows = (case.T, case.B)
+    if case.packed:
+        batch_sizes = torch.tensor([sum(n > t for n in lengths(case)) for t in range(case.T)])
+        rows = (int(batch_sizes.sum()),)
+    return Problem(
+        case,
+        x=data(*rows, case.I),
+        h0=data(case.B, case.H) if case.h0 else None,
+        weight_ih=weight(case.H, case.I),
+        weight_hh=weight(case.H, case.H),
+        bias=data(case.H) if case.bias else None,
+        grad_h=data(*rows, case.H),
+        grad_h_n=data(case.B, case.H),
+        gate=gate(*rows, case.H),
+        batch_sizes=batch_sizes,
+        keep=torch.rand(case.T, case.B, generator=random) < 0.7 if case.keep else None,
+    )

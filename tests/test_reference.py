@@ -1,0 +1,222 @@
+"""reference.py against autograd and torch.nn.RNN: what all other tests rest on.
+
+The independent truth for options that nn.RNN lacks is ``loop_by_rows``: one row at a time, its
+steps in a Python list, truncation by detach and clipping by a gradient hook. It shares no line and
+no idea of layout with reference.py.
+"""
+
+import pytest
+import torch
+from cases import EVERYTHING, Case, grid, lengths, problem, sized
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_bptt import reference
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda z: z,
+}
+
+
+def loop_by_rows(p, x, h0, weight_ih, weight_hh, bias):
+    """(h, h_n) of the given tensors with a problem's options, by autograd operations alone."""
+    case = p.case
+    row_lengths = lengths(case) if case.packed else [case.T] * case.B
+    offsets = [0, *p.batch_sizes.cumsum(0).tolist()] if case.packed else None
+    states, finals = {}, []
+    for b, length in enumerate(row_lengths):
+        state = torch.zeros_like(weight_hh[0]) if h0 is None else h0[b]
+        for s, t in enumerate(reversed(range(length)) if case.reverse else range(length)):
+            if case.truncate and s > 0 and s % case.truncate == 0:
+                state = state.detach()
+            if case.keep and not p.keep[t, b]:
+                state = torch.zeros_like(state)
+            z = weight_ih @ (x[offsets[t] + b] if case.packed else x[t, b]) + weight_hh @ state
+            z = z if bias is None else z + bias
+            state = (1 - case.alpha) * state + case.alpha * ACTIVATIONS[case.activation](z)
+            if case.clip is not None and state.requires_grad:
+                state.register_hook(lambda grad: grad.clamp(-case.clip, case.clip))
+            states[t, b] = state
+        finals.append(state)
+    h_n = torch.stack(finals) if finals else weight_hh[:0]
+    if not states:
+        return x @ weight_ih.T, h_n
+    rows = torch.stack([states[key] for key in sorted(states)])
+    return (rows if case.packed else rows.view(case.T, case.B, case.H)), h_n
+
+
+def assert_close(got, expected, name):
+    # float64, fewer than 100 roundings in a chain that does not amplify, entries of order 1 to 100.
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11, msg=lambda m: f"{name}: {m}")
+
+
+def forward_and_gradients(p):
+    """The hand-written pair: (h, h_n) and the five gradients."""
+    h, h_n, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    grads = reference.rnn_backward(
+        p.grad_h,
+        p.grad_h_n,
+        p.x,
+        p.h0,
+        h,
+        f,
+        p.weight_ih,
+        p.weight_hh,
+        **p.backward_options,
+        wanted=[True] * 5,
+    )
+    return (h, h_n), grads
+
+
+def check_against_loop(case):
+    p = problem(case)
+    outputs, grads = forward_and_gradients(p)
+    leaves = [t if t is None else t.clone().requires_grad_() for t in p.inputs]
+    expected = loop_by_rows(p, *leaves)
+    for name, got, want in zip(("h", "h_n"), outputs, expected, strict=True):
+        assert_close(got, want.detach(), name)
+    asked = [leaf for leaf in leaves if leaf is not None]
+    truth = torch.autograd.grad(expected, asked, (p.grad_h, p.grad_h_n), materialize_grads=True)
+    names = ("grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh", "grad_bias")
+    kept = [(n, g) for n, g, leaf in zip(names, grads, leaves, strict=True) if leaf is not None]
+    for (name, got), want in zip(kept, truth, strict=True):
+        assert_close(got, want, name)
+
+
+@pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4)), ids=str)
+def test_gradients_by_hand_are_autograds(case):
+    check_against_loop(case)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, EVERYTHING, {"bias": False, "h0": False}], ids=["plain", "everything", "bare"]
+)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (1, 3, 2, 4), (7, 1, 3, 5), (3, 0, 2, 4), (9, 6, 2, 3)], ids=str
+)
+def test_edges(size, options):
+    packed = options.get("packed", False) and size[1] > 0
+    check_against_loop(Case(*size, **(options | {"packed": packed})))
+
+
+@pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4), clip=None, truncate=0), ids=str)
+def test_autograd_through_the_loop(case):
+    """rnn_forward itself is differentiable, so that tests can take its derivatives of any order."""
+    p = problem(case)
+    leaves = [t.clone().requires_grad_() for t in p.inputs]
+    h, h_n, _ = reference.rnn_forward(*leaves, **p.forward_options)
+    got = torch.autograd.grad((h, h_n), leaves, (p.grad_h, p.grad_h_n))
+    _, by_hand = forward_and_gradients(p)
+    for name, a, b in zip(("x", "h0", "weight_ih", "weight_hh", "bias"), got, by_hand, strict=True):
+        assert_close(a, b, name)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_against_nn_rnn(nonlinearity, packed, reverse):
+    """The second direction of a bidirectional nn.RNN is ours with reverse."""
+    p = problem(Case(T=6, B=5, I=3, H=4, activation=nonlinearity, packed=packed, reverse=reverse))
+    rnn = torch.nn.RNN(3, 4, nonlinearity=nonlinearity, bidirectional=True, dtype=torch.float64)
+    suffix = "_reverse" if reverse else ""
+    own = {
+        name: getattr(rnn, f"{name}_l0{suffix}")
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    }
+    with torch.no_grad():
+        own["weight_ih"].copy_(p.weight_ih)
+        own["weight_hh"].copy_(p.weight_hh)
+        own["bias_ih"].copy_(p.bias)
+        own["bias_hh"].zero_()
+    x, h0 = p.x.clone().requires_grad_(), p.h0.clone().requires_grad_()
+    output, h_n = rnn(PackedSequence(x, p.batch_sizes) if packed else x, torch.stack([h0, h0]))
+    output = output.data if packed else output
+    output, h_n = output[..., 4 * reverse : 4 * reverse + 4], h_n[int(reverse)]
+    leaves = (x, h0, own["weight_ih"], own["weight_hh"], own["bias_ih"])
+    truth = torch.autograd.grad((output, h_n), leaves, (p.grad_h, p.grad_h_n))
+    outputs, grads = forward_and_gradients(p)
+    for name, got, want in zip(("h", "h_n"), outputs, (output, h_n), strict=True):
+        assert_close(got, want.detach(), name)
+    for name, got, want in zip(
+        ("x", "h0", "weight_ih", "weight_hh", "bias"), grads, truth, strict=True
+    ):
+        assert_close(got, want, name)
+
+
+@pytest.mark.parametrize(
+    "case", grid(Case(T=5, B=3, I=2, H=4), activation="tanh", clip=None), ids=str
+)
+def test_adjoint_and_tangent_are_transposes(case):
+    """<adjoint(g), (c, q0)> = <g, tangent(c, q0)>: one number that every entry of both enters."""
+    p = problem(case)
+    c, q0 = p.grad_h.roll(1, -1), p.grad_h_n
+    d, d0 = reference.adjoint_scan(p.grad_h, p.gate, p.weight_hh, **p.adjoint_options)
+    q = reference.tangent_scan(c, q0, p.gate, p.weight_hh, **p.tangent_options)
+    assert_close((d * c).sum() + (d0 * q0).sum(), (p.grad_h * q).sum(), "inner product")
+
+
+@pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4), clip=None), ids=str)
+def test_tangent_is_the_derivative(case):
+    """It is forward-mode autograd's tangent of the loop, which detaches where it is truncated."""
+    p = problem(case)
+    h, _, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    gate = case.alpha * reference.activations[case.activation][1](h if case.alpha == 1 else f)
+    x_dot, q0 = p.x.roll(1, -1), p.grad_h_n
+    got = reference.tangent_scan(
+        gate * (x_dot @ p.weight_ih.T), q0, gate, p.weight_hh, **p.tangent_options
+    )
+    _, want = torch.func.jvp(
+        lambda x, h0: loop_by_rows(p, x, h0, p.weight_ih, p.weight_hh, p.bias)[0],
+        (p.x, p.h0),
+        (x_dot, q0),
+    )
+    assert_close(got, want, "tangent")
+
+
+@pytest.mark.parametrize("case", [Case(), Case(**EVERYTHING)], ids=str)
+def test_unwanted_gradients_are_empty(case):
+    p = problem(case)
+    h, _, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    arguments = (p.grad_h, p.grad_h_n, p.x, p.h0, h, f, p.weight_ih, p.weight_hh)
+    _, everything = forward_and_gradients(p)
+    for mask in range(32):
+        wanted = [bool(mask >> i & 1) for i in range(5)]
+        got = reference.rnn_backward(*arguments, **p.backward_options, wanted=wanted)
+        for want, part, whole in zip(wanted, got, everything, strict=True):
+            assert torch.equal(part, whole) if want else part.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_dtype(dtype):
+    """It stays in the dtype it is given."""
+    for case in sized(**EVERYTHING):
+        outputs, grads = forward_and_gradients(problem(case, dtype))
+        assert {t.dtype for t in (*outputs, *grads)} == {dtype}
+
+
+def test_no_steps():
+    """T = 0: no output, the state passes through, and so does its gradient."""
+    for packed in (False, True):
+        case = Case(T=0, B=0 if packed else 3, H=4, packed=packed)
+        p = problem(case)
+        (h, h_n), (grad_x, grad_h0, *grads) = forward_and_gradients(p)
+        assert h.numel() == 0
+        assert h.shape[-1] == 4
+        assert grad_x.shape == p.x.shape
+        assert torch.equal(h_n, p.h0)
+        assert torch.equal(grad_h0, p.grad_h_n)
+        assert all(not grad.any() for grad in grads)
+
+
+def test_forgetting_forgets_what_is_not_finite():
+    """A row that restarts leaves nothing of its state behind, and a = 1 takes no 0 * inf of it."""
+    h0 = torch.tensor([[torch.inf, torch.nan]])
+    one = torch.ones(1, 1, 2)
+    restart = {"activation": "tanh", "alpha": 0.5, "keep": torch.tensor([[False]])}
+    h, _, _ = reference.rnn_forward(one, h0, torch.eye(2), torch.eye(2), None, **restart)
+    assert torch.equal(h, 0.5 * torch.tanh(one))
+    eye = torch.eye(1)
+    h, _, _ = reference.rnn_forward(eye[None], eye * torch.inf, eye, eye, None, activation="tanh")
+    assert h.item() == 1

@@ -1,0 +1,417 @@
+"""Derivatives of the Elman layer of every order, from three recurrences (``csrc/README.md``).
+
+    forward   h_t = (1 - a) p_t + a f(u_t + p_t W^T)                    p_t: the state arriving at t
+    adjoint   d_t = g_t + (1 - a) d_{t+1} + (G_{t+1} d_{t+1}) W         G_t = a f'(z_t)
+    tangent   q_t = c_t + (1 - a) q_{t-1} + G_t (q_{t-1} W^T)
+
+Backward of forward is an adjoint, its jvp a tangent; backward of adjoint is a tangent, backward of
+tangent an adjoint. What stands between them (gates, sums over rows) are ordinary tensor operations,
+so autograd closes the circle and no derivative has a formula of its own.
+"""
+
+import dataclasses
+from contextlib import nullcontext
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd import Function
+
+from torch_bptt.operators import ops
+from torch_bptt.reference import activations
+
+
+def rnn_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 1.0,
+    batch_sizes: Tensor | None = None,
+    keep: Tensor | None = None,
+    reverse: bool = False,
+    truncate: int = 0,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs one layer in one direction over a whole sequence.
+
+        h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + bias + p_t W_hh^T)
+
+    Arguments:
+        x: input (T, B, I), or packed (N, I) with ``batch_sizes``; float32, float64, bfloat16 or
+            float16, any strides.
+        h0: state before the first step (B, H); None means zeros.
+        weight_ih, weight_hh, bias: (H, I), (H, H) and (H) or None; dtype and device of x.
+        activation: a key of ``reference.activations``.
+        alpha: share of the new value in the state, in (0, 1].
+        batch_sizes: rows alive at each step (T), int64 on the CPU, never increasing.
+        keep: bool (T, B), False where the state arriving at a step counts as zero.
+        reverse: from the last step of each row to its first.
+        truncate: cut the gradient after every so many steps; 0 never.
+        clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
+
+    Returns:
+        output (T, B, H) or (N, H), every h_t; h_n (B, H), the state after each row's last step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
+        NotImplementedError: a second derivative with ``clip``.
+
+    Source:
+        Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
+    """
+    h, h_n, _ = RNNForward.apply(
+        x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
+        activation, alpha, reverse, truncate, clip,
+    )  # fmt: skip
+    return h, h_n
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Which state arrives at which step, and moving rows along these links.
+
+    Rows are dense (T, B, H) or packed (N, H). Everything here is linear, differentiable and free of
+    loops over time.
+    """
+
+    batch_sizes: Tensor | None
+    keep: Tensor | None
+    reverse: bool
+    truncate: int
+
+    def scan_options(self, alpha: float) -> tuple:
+        return self.batch_sizes, self.keep, alpha, self.reverse, self.truncate
+
+    def arriving(self, h: Tensor, h0: Tensor | None, *, truncated: bool) -> Tensor:
+        """p_t: the state of the step before, h0 at a row's first step, zero where it is not kept."""
+        if self.batch_sizes is None:
+            first = h.new_zeros(h.shape[1:]) if h0 is None else h0
+            order = (h[1:], first[None]) if self.reverse else (first[None], h[:-1])
+            p = torch.cat(order)
+        else:
+            first = h.new_zeros((self._columns.max() + 1, h.shape[-1])) if h0 is None else h0
+            p = torch.cat((h, first)).index_select(0, self._before.to(h.device))
+        return self._masked(p, truncated)
+
+    def leaving(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The transpose of ``arriving``: what each step, and h0, gets back from the step after it."""
+        v = self._masked(v, truncated=True)
+        zero = torch.zeros_like(v[:1])
+        if self.batch_sizes is None:
+            if self.reverse:
+                return torch.cat((zero, v[:-1])), v[-1]
+            return torch.cat((v[1:], zero)), v[0]
+        rows, before = len(v), self._before
+        after = torch.full((rows + int(self._columns.max()) + 1,), rows).index_copy(
+            0, before, torch.arange(rows)
+        )
+        moved = torch.cat((v, zero)).index_select(0, after.to(v.device))
+        return moved[:rows], moved[rows:]
+
+    def final(self, h: Tensor) -> Tensor:
+        """h_n: the state after each row's last step (B, H)."""
+        if self.batch_sizes is None:
+            return h[0] if self.reverse else h[-1]
+        return h.index_select(0, self._final.to(h.device))
+
+    def add_final(self, g: Tensor, grad_h_n: Tensor) -> Tensor:
+        """g with the gradient of h_n added: the transpose of ``final``."""
+        if self.batch_sizes is None:
+            last = torch.tensor([0 if self.reverse else g.shape[0] - 1], device=g.device)
+            return g.index_add(0, last, grad_h_n[None])
+        return g.index_add(0, self._final.to(g.device), grad_h_n)
+
+    # Of every packed row: its step, its column in the batch, where its state comes from.
+
+    @property
+    def _steps(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.batch_sizes)), self.batch_sizes)
+
+    @property
+    def _offsets(self) -> Tensor:
+        return torch.cumsum(self.batch_sizes, 0) - self.batch_sizes
+
+    @property
+    def _columns(self) -> Tensor:
+        steps = self._steps
+        return torch.arange(len(steps)) - self._offsets[steps]
+
+    @property
+    def _lengths(self) -> Tensor:
+        return torch.bincount(self._columns)
+
+    @property
+    def _before(self) -> Tensor:
+        """Row index of the state that arrives; rows + b for h0[b]."""
+        steps, columns = self._steps, self._columns
+        before = steps + 1 if self.reverse else steps - 1
+        exists = (before >= 0) & (before < self._lengths[columns])
+        rows = self._offsets[before.clamp(0, len(self.batch_sizes) - 1)] + columns
+        return torch.where(exists, rows, len(steps) + columns)
+
+    @property
+    def _final(self) -> Tensor:
+        columns = torch.arange(int(self.batch_sizes[0]))
+        return columns if self.reverse else self._offsets[self._lengths - 1] + columns
+
+    def _masked(self, p: Tensor, truncated: bool) -> Tensor:
+        mask = self._mask(p, truncated)
+        return p if mask is None else torch.where(mask.to(p.device)[..., None], p, 0)
+
+    def _mask(self, p: Tensor, truncated: bool) -> Tensor | None:
+        mask = self.keep
+        if mask is not None and self.batch_sizes is not None:
+            mask = mask[self._steps.to(mask.device), self._columns.to(mask.device)]
+        if truncated and self.truncate:
+            if self.batch_sizes is None:
+                own = torch.arange(p.shape[0])[:, None]
+                own = p.shape[0] - 1 - own if self.reverse else own
+            else:
+                own = (
+                    self._lengths[self._columns] - 1 - self._steps if self.reverse else self._steps
+                )
+            linked = (own == 0) | (own % self.truncate != 0)
+            linked = linked.to(p.device)
+            mask = linked if mask is None else mask & linked
+        return mask
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over all rows of left^T right: one matrix product."""
+    return left.flatten(0, -2).mT @ right.flatten(0, -2)
+
+
+def _in_own_dtype(tensor: Tensor):
+    """Products of a derivative keep the dtype of forward, whatever autocast the caller is in."""
+    if tensor.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _gate(activation: str, alpha: float, h: Tensor, f: Tensor, p: Tensor) -> Tensor:
+    """G_t = a f'(z_t) as a differentiable function of h and p."""
+    y = h
+    if alpha != 1:
+        # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would lose
+        # bits, and the sign of a relu with them) and its derivative from the recurrence.
+        derived = (h - (1 - alpha) * p) / alpha
+        y = f + (derived - derived.detach())
+    _, slope = activations[activation]
+    return slope(y) if alpha == 1 else alpha * slope(y)
+
+
+class RNNForward(Function):
+    """x, h0, weights -> h, h_n, f(z_t)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
+        activation, alpha, reverse, truncate, clip,
+    ):  # fmt: skip
+        return ops.rnn_forward(
+            x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
+            activation=activation, alpha=alpha, reverse=reverse,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h0, weight_ih, weight_hh, _, batch_sizes, keep, *options = inputs
+        h, _, f = output
+        ctx.activation, ctx.alpha, ctx.reverse, ctx.truncate, ctx.clip = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(f)
+        saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_h_n, _):
+        x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:5])
+        no_options = (None,) * 7
+        if grad_h is None and grad_h_n is None:
+            return (None,) * 12
+        graph_is_built = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if not graph_is_built or ctx.clip is not None:
+            run = RNNBackward.apply if graph_is_built else RNNBackward.forward
+            grads = run(
+                grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
+                ctx.activation, ctx.alpha, ctx.reverse, ctx.truncate, ctx.clip, wanted,
+            )  # fmt: skip
+            return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *no_options
+
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(x):
+            g = torch.zeros_like(h) if grad_h is None else grad_h
+            if grad_h_n is not None:
+                g = links.add_final(g, grad_h_n)
+            p = links.arriving(h, h0, truncated=False)
+            gate = _gate(ctx.activation, ctx.alpha, h, f, p)
+            d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(ctx.alpha))
+            du = gate * d
+            return (
+                du @ weight_ih if wanted[0] else None,
+                d0 if wanted[1] else None,
+                _outer(du, x) if wanted[2] else None,
+                _outer(du, p) if wanted[3] else None,
+                du.flatten(0, -2).sum(0) if wanted[4] else None,
+                *no_options,
+            )
+
+    @staticmethod
+    def jvp(ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_dot, *_):
+        x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(x):
+            p = links.arriving(h, h0, truncated=False)
+            gate = _gate(ctx.activation, ctx.alpha, h, f, p)
+            u_dot = torch.zeros_like(h)
+            if x_dot is not None:
+                u_dot = u_dot + x_dot @ weight_ih.mT
+            if weight_ih_dot is not None:
+                u_dot = u_dot + x @ weight_ih_dot.mT
+            if weight_hh_dot is not None:
+                u_dot = u_dot + p @ weight_hh_dot.mT
+            if bias_dot is not None:
+                u_dot = u_dot + bias_dot
+            q = TangentScan.apply(
+                gate * u_dot, h0_dot, gate, weight_hh, *links.scan_options(ctx.alpha)
+            )
+            return q, links.final(q), None
+
+
+class RNNBackward(Function):
+    """The fused first derivative; a second one through it is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
+        activation, alpha, reverse, truncate, clip, wanted,
+    ):  # fmt: skip
+        return ops.rnn_backward(
+            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
+            activation=activation, alpha=alpha, reverse=reverse, truncate=truncate, clip=clip,
+            wanted=wanted,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "clip_grad_h: a second derivative through clipped gradients is not supported; "
+            "use clip_grad_h=None, or clip the parameters' gradients after backward"
+        )
+
+    @staticmethod
+    def jvp(ctx, *_):
+        RNNBackward.backward(ctx)
+
+
+class AdjointScan(Function):
+    """g, gate, weight_hh -> d, d0: linear in g, down in processing order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
+        return ops.adjoint_scan(
+            g, gate, weight_hh, batch_sizes, keep,
+            alpha=alpha, reverse=reverse, truncate=truncate,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, gate, weight_hh, batch_sizes, keep, ctx.alpha, ctx.reverse, ctx.truncate = inputs
+        saved = gate, weight_hh, batch_sizes, keep, output[0]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_d, grad_d0):
+        gate, weight_hh, batch_sizes, keep, d = ctx.saved_tensors
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(d):
+            q = TangentScan.apply(grad_d, grad_d0, gate, weight_hh, *links.scan_options(ctx.alpha))
+            arriving = links.arriving(q, grad_d0, truncated=True)
+            return (
+                q,
+                d * (arriving @ weight_hh.mT) if ctx.needs_input_grad[1] else None,
+                _outer(gate * d, arriving) if ctx.needs_input_grad[2] else None,
+                *(None,) * 5,
+            )
+
+    @staticmethod
+    def jvp(ctx, g_dot, gate_dot, weight_hh_dot, *_):
+        gate, weight_hh, batch_sizes, keep, d = ctx.saved_tensors
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(d):
+            moved = torch.zeros_like(d)
+            if gate_dot is not None:
+                moved = moved + (gate_dot * d) @ weight_hh
+            if weight_hh_dot is not None:
+                moved = moved + (gate * d) @ weight_hh_dot
+            moved, moved0 = links.leaving(moved)
+            g_dot = moved if g_dot is None else g_dot + moved
+            d_dot, d0_dot = AdjointScan.apply(
+                g_dot, gate, weight_hh, *links.scan_options(ctx.alpha)
+            )
+            return d_dot, d0_dot + moved0
+
+
+class TangentScan(Function):
+    """c, q0, gate, weight_hh -> q: linear in c and q0, up in processing order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
+        return ops.tangent_scan(
+            c, q0, gate, weight_hh, batch_sizes, keep,
+            alpha=alpha, reverse=reverse, truncate=truncate,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, q0, gate, weight_hh, batch_sizes, keep, ctx.alpha, ctx.reverse, ctx.truncate = inputs
+        saved = q0, gate, weight_hh, batch_sizes, keep, output
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_q):
+        q0, gate, weight_hh, batch_sizes, keep, q = ctx.saved_tensors
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(q):
+            d, d0 = AdjointScan.apply(grad_q, gate, weight_hh, *links.scan_options(ctx.alpha))
+            arriving = links.arriving(q, q0, truncated=True)
+            return (
+                d,
+                d0 if ctx.needs_input_grad[1] else None,
+                d * (arriving @ weight_hh.mT) if ctx.needs_input_grad[2] else None,
+                _outer(gate * d, arriving) if ctx.needs_input_grad[3] else None,
+                *(None,) * 5,
+            )
+
+    @staticmethod
+    def jvp(ctx, c_dot, q0_dot, gate_dot, weight_hh_dot, *_):
+        q0, gate, weight_hh, batch_sizes, keep, q = ctx.saved_tensors
+        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        with _in_own_dtype(q):
+            arriving = links.arriving(q, q0, truncated=True)
+            c_dot = torch.zeros_like(q) if c_dot is None else c_dot
+            if gate_dot is not None:
+                c_dot = c_dot + gate_dot * (arriving @ weight_hh.mT)
+            if weight_hh_dot is not None:
+                c_dot = c_dot + gate * (arriving @ weight_hh_dot.mT)
+            return TangentScan.apply(c_dot, q0_dot, gate, weight_hh, *links.scan_options(ctx.alpha))

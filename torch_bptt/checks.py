@@ -1,0 +1,196 @@
+"""Every check that Python makes, and the words for it: argument, what was expected, what came.
+
+Where torch.nn.RNN has a message for the same mistake, type and words are torch.nn.RNN's.
+"""
+
+import numbers
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_bptt._extension import _C
+
+nonlinearities = tuple(_C.activations())
+
+
+def check_alike(input, hx, weight_ih, weight_hh, bias_ih, bias_hh):
+    """One device, one dtype, and biases that do not broadcast; other shapes the operator checks."""
+    device, dtype = input.device, input.dtype
+    for tensor in (hx, weight_ih, weight_hh, bias_ih, bias_hh):
+        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
+            _explain_unlike(locals())
+    if bias_ih is not None and bias_hh is not None and bias_ih.shape != bias_hh.shape:
+        raise RuntimeError(
+            "bias_ih and bias_hh must have the same shape, expected that of one row of "
+            f"weight_hh, got {tuple(bias_ih.shape)} and {tuple(bias_hh.shape)}"
+        )
+
+
+def _explain_unlike(tensors):
+    """tensors by name, of which some may be None: which two do not go together, devices first."""
+    device, dtype = tensors["input"].device, tensors["input"].dtype
+    names = ("hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    others = [(name, tensors[name]) for name in names if tensors[name] is not None]
+    for name, tensor in others:
+        if tensor.device != device:
+            kind = "hidden" if name == "hx" else "parameter"
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, "
+                f"found input tensor at {device} and {kind} tensor at {tensor.device} ({name})"
+            )
+    for name, tensor in others:
+        if tensor.dtype != dtype:
+            raise RuntimeError(
+                f"input and {name} must have the same dtype, but got {dtype} and {tensor.dtype}"
+            )
+
+
+def check_input(input, weight_ih, input_size, batch_first):
+    """Dimensions, dtype and features of input; returns its number of rows, 1 for one sequence."""
+    packed = isinstance(input, PackedSequence)
+    data = input.data if packed else input
+    dims = data.dim()
+    if not packed and dims not in (2, 3):
+        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dims}D tensor instead")
+    if data.dtype != weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({weight_ih.dtype}). "
+            f"Convert input: input.to({weight_ih.dtype}), "
+            f"or convert model: model.to({data.dtype})"
+        )
+    if packed and dims != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {dims}")
+    if data.shape[-1] != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {data.shape[-1]}"
+        )
+    if packed:
+        return int(input.batch_sizes[0])
+    return 1 if dims == 2 else data.shape[0 if batch_first else 1]
+
+
+def check_hidden(hx, expected):
+    """hx of ``rnn`` and of ``RNN``."""
+    if hx.shape != expected:
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+
+
+def check_stacked_hidden(input, hx, expected):
+    """hx of ``RNN``: expected is (L*D, B, H), and for one sequence hx is (L*D, H)."""
+    if not isinstance(input, PackedSequence):
+        if hx.dim() != input.dim():
+            kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
+            raise RuntimeError(
+                f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
+            )
+        hx = hx.unsqueeze(1) if hx.dim() == 2 else hx
+    check_hidden(hx, expected)
+
+
+def check_cell(input, hx, weight_ih, weight_hh, nonlinearity):
+    """Everything about one step of ``RNNCell`` but dtypes and devices."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is not None and hx.dim() not in (1, 2):
+        raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+    if nonlinearity not in nonlinearities:
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+    if input.shape[-1] != weight_ih.shape[1]:
+        raise RuntimeError(
+            "input has inconsistent input_size: "
+            f"got {input.shape[-1]} expected {weight_ih.shape[1]}"
+        )
+    if hx is None:
+        return
+    if input.dim() == 2 and input.shape[0] != hx.shape[0]:
+        raise RuntimeError(
+            f"Input batch size {input.shape[0]} doesn't match hidden0 batch size {hx.shape[0]}"
+        )
+    # As torch.nn.RNNCell counts: one dimension for the batch, whether hx has it or not.
+    sizes = hx.shape[1:] if input.dim() == 2 else hx.shape
+    if sizes != weight_hh.shape[1:]:
+        got = sizes[0] if sizes[:1] != weight_hh.shape[1:] and sizes else tuple(hx.shape)
+        raise RuntimeError(
+            f"hidden0 has inconsistent hidden_size: got {got}, expected {weight_hh.shape[1]}"
+        )
+
+
+def check_reset(reset, shape, device):
+    """reset against the steps and rows of input."""
+    if not isinstance(reset, torch.Tensor):
+        raise TypeError(f"reset must be a tensor, expected torch.bool, got {type(reset).__name__}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be a bool tensor, expected torch.bool, got {reset.dtype}")
+    if reset.shape != torch.Size(shape):
+        raise ValueError(
+            "reset must have one entry per step and row, "
+            f"expected {tuple(shape)}, got {tuple(reset.shape)}"
+        )
+    if reset.device != device:
+        raise RuntimeError(
+            f"reset must be on the device of input, expected {device}, got {reset.device}"
+        )
+
+
+def check_no_lengths(lengths):
+    """lengths beside a PackedSequence."""
+    if lengths is not None:
+        raise ValueError(
+            "lengths must be None when input is a PackedSequence, which has lengths of its own, "
+            f"got {lengths!r}"
+        )
+
+
+def check_lengths(lengths, steps, rows):
+    """lengths as (B,) int64 on the CPU; one number will do for one row."""
+    expected = f"lengths must be integers, one per row, expected ({rows},) torch.int64"
+    try:
+        given = torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{expected}, got {lengths!r}") from error
+    fractional = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
+    if given.numel() and fractional:  # an empty list is of torch's default dtype
+        raise TypeError(f"{expected}, got {given.dtype}")
+    if given.shape != (rows,) and not (given.dim() == 0 and rows == 1):
+        raise ValueError(f"{expected}, got {tuple(given.shape)}")
+    given = given.to(torch.int64).reshape(rows)
+    wrong = ((given < 0) | (given > steps)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            "lengths must lie within the steps of input, "
+            f"expected 0 to {steps}, got {int(given[row])} in row {row}"
+        )
+    return given
+
+
+def check_nonlinearity(name):
+    """Raise torch.nn.RNN's ValueError for a name that is not in ``nonlinearities``."""
+    if name not in nonlinearities:
+        more = ", ".join(repr(other) for other in nonlinearities if other not in ("tanh", "relu"))
+        raise ValueError(
+            f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu', or torch_bptt's {more}."
+        )
+
+
+def check_options(operation, alpha, truncate, clip_grad_h):
+    """Raise TypeError or ValueError unless the options beyond torch.nn.RNN make sense."""
+    _check_number(
+        operation, "alpha", alpha, numbers.Real, "a number in (0, 1]", lambda a: 0 < a <= 1
+    )
+    if truncate is not None:
+        expected = "None or an int of at least 1"
+        _check_number(operation, "truncate", truncate, numbers.Integral, expected, lambda k: k >= 1)
+    if clip_grad_h is not None:
+        expected = "None or a number above 0"
+        _check_number(
+            operation, "clip_grad_h", clip_grad_h, numbers.Real, expected, lambda c: c > 0
+        )
+
+
+def _check_number(operation, name, value, kind, expected, fits):
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{operation}: {name} must be {expected}, got {value!r}")
+    if not fits(value):
+        raise ValueError(f"{operation}: {name} must be {expected}, got {value}")

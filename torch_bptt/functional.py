@@ -1,0 +1,281 @@
+"""The RNN as functions: ``rnn`` for one layer in one direction, ``run`` for a whole stack of
+layers.
+
+Inside, time comes first and rows are dense (T, B, I) or packed (N, I); everything callers may hand
+over instead (batch_first, one unbatched sequence, a PackedSequence, lengths in any order) is turned
+into one of the two by ``run`` and turned back at its end. There is no loop over time here.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_bptt import checks, reference
+from torch_bptt.autograd import rnn_layer
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    batch_first: bool = False,
+    reverse: bool = False,
+    lengths: Sequence[int] | Tensor | int | None = None,
+    reset: Tensor | None = None,
+    alpha: float = 1.0,
+    truncate: int | None = None,
+    clip_grad_h: float | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Run one Elman layer over a whole sequence, in one direction.
+
+        h_t = (1 - alpha) h_{t-1} + alpha f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)
+
+    Arguments:
+        input: (T, B, I); (B, T, I) with batch_first; (T, I), one sequence without a batch; or a
+            PackedSequence of such rows. float32, float64, bfloat16 or float16. complex64 and
+            complex128 also work, but through a loop over time in plain PyTorch
+            (``torch_bptt.reference``), at its speed; the first such call warns.
+        hx: state before the first step, (B, H), or (H,) for one sequence, rows in the caller's
+            order; None means zeros.
+        weight_ih, weight_hh: (H, I) and (H, H), dtype and device of input.
+        bias_ih, bias_hh: (H,), either may be None; only their sum matters.
+        nonlinearity: f, one of 'tanh', 'relu', 'sigmoid', 'identity'.
+        batch_first: input, output and reset are (B, T, ...). Ignored for one sequence and for a
+            PackedSequence.
+        reverse: run from the last step to the first.
+        lengths: the steps of each row that exist, (B,) integers in any order, a list or an int64
+            tensor, each between 0 and T; an int for one sequence. Output past the end of a row is
+            zero. A row of length 0 keeps its state: its h_n is its hx. Not together with a
+            PackedSequence, which has lengths of its own.
+        reset: (T, B) bool, (B, T) with batch_first, (T,) for one sequence; for a PackedSequence
+            always (T, B) with rows in the order before sorting. True at [t, b]: before step t row b
+            starts from zero, so reset cuts a row into segments, each run as a sequence of its own.
+            Running forward, reset at step 0 drops hx; running in reverse, hx enters at the row's
+            last step and always counts. (A flag ``done[t]`` that says that step t was the last of
+            an episode is ``reset[t + 1]``.)
+        alpha: the leak, a number in (0, 1]; 1 is Elman's network. Leaky rate units with time
+            constant tau, in the units of the time step dt, have alpha = dt / tau.
+        truncate: k >= 1, truncated backpropagation: no gradient crosses from a row's step k, 2k,
+            ... to the one before, as if the state were detached there. None never cuts.
+        clip_grad_h: c > 0 clamps the gradient of every state to [-c, c] during backpropagation.
+            None does not. A second derivative through it raises.
+    Returns:
+        output: every state, shaped as input with H in place of I; a PackedSequence if input is one.
+        h_n: the state after each row's last step (its first step when reverse), (B, H) or (H,).
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument does not fit; the message names it, what
+            was expected and what it got. Where torch.nn.RNN has a message for it, type and words
+            are torch.nn.RNN's.
+    Example:
+        >>> output, h_n = rnn(torch.randn(5, 3, 2), None, torch.randn(4, 2), torch.randn(4, 4))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 4]), torch.Size([3, 4]))
+
+    Source:
+        Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time: what
+        it does and how to do it; the clamp: Graves (2013), Generating sequences with recurrent
+        neural networks.
+    """
+    checks.check_nonlinearity(nonlinearity)
+    checks.check_options("rnn", alpha, truncate, clip_grad_h)
+    rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
+    if hx is not None:
+        one = not isinstance(input, PackedSequence) and input.dim() == 2
+        checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
+        hx = hx.unsqueeze(0)
+    layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
+    options = layer_options(nonlinearity, alpha, truncate, clip_grad_h)
+    output, h_n = run(input, hx, layers, options, (reverse,), batch_first, 0.0, lengths, reset)
+    return output, h_n.squeeze(0)
+
+
+def layer_options(nonlinearity, alpha, truncate, clip_grad_h):
+    """The options that every layer gets, in the words of ``rnn_layer``."""
+    return {
+        "activation": nonlinearity,
+        "alpha": alpha,
+        "truncate": truncate or 0,
+        "clip": clip_grad_h,
+    }
+
+
+def run(input, hx, layers, options, directions, batch_first, dropout, lengths, reset):
+    """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
+
+    Arguments:
+        input, batch_first, lengths, reset: as in ``rnn``; input is checked.
+        hx: (L * D, B, H), or (L * D, H) for one sequence, or None; checked, in the order of layers.
+        layers: L * D tuples (weight_ih, weight_hh, bias_ih, bias_hh), the directions of layer 0
+            first.
+        options: see ``layer_options``; checked.
+        directions: D flags, True where time runs downward.
+        dropout: probability of a zero in the output of every layer but the last; 0 when not
+            training.
+    Returns:
+        output, with D * H features, and h_n, shaped as hx.
+    """
+
+    def stack(x, hx, batch_sizes=None, keep=None):
+        return _stack(x, hx, layers, options, directions, dropout, batch_sizes, keep)
+
+    if isinstance(input, PackedSequence):
+        checks.check_no_lengths(lengths)
+        return _run_packed(stack, input, hx, reset, directions)
+    if reset is not None:
+        checks.check_reset(reset, input.shape[:-1], input.device)
+    if input.dim() == 3:
+        return _run_batch(stack, input, hx, lengths, reset, directions, batch_first)
+    hx, reset = (None if tensor is None else tensor.unsqueeze(1) for tensor in (hx, reset))
+    output, h_n = _run_batch(stack, input.unsqueeze(1), hx, lengths, reset, directions, False)
+    return output.squeeze(1), h_n.squeeze(1)
+
+
+def _run_batch(stack, input, hx, lengths, reset, directions, batch_first):
+    rows, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if batch_first and reset is not None:
+        reset = reset.T
+    if lengths is not None:
+        lengths = checks.check_lengths(lengths, steps, rows)
+        return _run_padded(stack, input, hx, lengths, reset, directions, batch_first)
+    x = input.transpose(0, 1) if batch_first else input
+    output, h_n = stack(x, hx, keep=_keep(reset, directions))
+    return output.transpose(0, 1) if batch_first else output, h_n
+
+
+def _run_packed(stack, input, hx, reset, directions):
+    data, batch_sizes, order, inverse = input
+    if reset is not None:
+        existing = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]
+        checks.check_reset(reset, existing.shape, data.device)
+        reset = reset if order is None else reset.index_select(1, order)
+        reset = reset & existing.to(data.device)
+    hx = hx if hx is None or order is None else hx.index_select(1, order)
+    output, h_n = stack(data, hx, batch_sizes=batch_sizes, keep=_keep(reset, directions))
+    h_n = h_n if inverse is None else h_n.index_select(1, inverse)
+    return PackedSequence(output, batch_sizes, order, inverse), h_n
+
+
+def _run_padded(stack, input, hx, lengths, reset, directions, batch_first):
+    """Pack the rows that have steps, run, and put output back among zeros and h_n back into hx."""
+    rows, device = len(lengths), input.device
+    lengths, order = lengths.sort(descending=True, stable=True)
+    order, lengths = order[lengths > 0], lengths[lengths > 0]
+    existing = torch.arange(lengths[0] if len(lengths) else 0)[:, None] < lengths
+    batch_sizes = existing.sum(1)
+    step, row = existing.nonzero(as_tuple=True)
+    row = order[row]
+    # Where a packed row lies in input with its first two dimensions flattened.
+    place = row * input.shape[1] + step if batch_first else step * rows + row
+    place, order, existing = place.to(device), order.to(device), existing.to(device)
+
+    data = input.flatten(0, 1).index_select(0, place)
+    state = None if hx is None else hx.index_select(1, order)
+    if reset is not None:
+        reset = reset[: len(existing)].index_select(1, order) & existing
+    if len(order):
+        output, h_n = stack(data, state, batch_sizes=batch_sizes, keep=_keep(reset, directions))
+    else:  # A step of no rows has the right shapes and dtypes, and gives every gradient, zero.
+        output, h_n = stack(data.unsqueeze(0), state)
+        output = output.squeeze(0)
+
+    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
+    hx = h_n.new_zeros(h_n.shape[0], rows, h_n.shape[2]) if hx is None else hx.to(h_n.dtype)
+    output = zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros)
+    return output, hx.index_copy(1, order, h_n)
+
+
+def _stack(x, hx, layers, options, directions, dropout, batch_sizes, keep):
+    """All layers over time-major rows; keep is None or one (T, B) per direction."""
+    states = [None] * len(layers) if hx is None else hx.unbind(0)
+    h_n = []
+    for first in range(0, len(layers), len(directions)):
+        outputs = []
+        for direction, reverse in enumerate(directions):
+            output, last = layer(
+                x,
+                states[first + direction],
+                *layers[first + direction],
+                batch_sizes=batch_sizes,
+                keep=None if keep is None else keep[direction],
+                reverse=reverse,
+                **options,
+            )
+            outputs.append(output)
+            h_n.append(last)
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        if dropout and first + len(directions) < len(layers):
+            x = F.dropout(x, dropout)
+    return x, h_n[0].unsqueeze(0) if len(h_n) == 1 else torch.stack(h_n)
+
+
+def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, **options):
+    """One layer in one direction over time-major rows: what rnn_layer does not do."""
+    if torch._C._is_any_autocast_enabled():
+        tensors = _autocast((x, h0, weight_ih, weight_hh, bias_ih, bias_hh))
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if bias_ih is None or bias_hh is None:
+        bias = bias_hh if bias_ih is None else bias_ih
+    else:
+        bias = bias_ih + bias_hh
+    run_layer = _complex_layer if x.is_complex() else rnn_layer
+    return run_layer(x, h0, weight_ih, weight_hh, bias, **options)
+
+
+def _autocast(tensors):
+    """As the products inside torch.nn.RNN: every floating tensor but float64 becomes narrow."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    narrow = torch.get_autocast_dtype(device)
+
+    def cast(tensor):
+        wide = tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point()
+        return tensor if wide else tensor.to(narrow)
+
+    return [cast(tensor) for tensor in tensors]
+
+
+@functools.cache
+def _warn_of_complex():
+    warnings.warn(
+        "torch_bptt has no kernels for complex numbers: a loop over time in plain PyTorch runs",
+        stacklevel=2,
+    )
+
+
+def _complex_layer(x, h0, weight_ih, weight_hh, bias, *, truncate=0, clip=None, **options):
+    if truncate or clip is not None:
+        option = "truncate" if truncate else "clip_grad_h"
+        raise NotImplementedError(
+            f"{option} must be None for a complex input, got {truncate or clip}"
+        )
+    _warn_of_complex()
+    output, h_n, _ = reference.rnn_forward(x, h0, weight_ih, weight_hh, bias, **options)
+    return output, h_n
+
+
+def _keep(reset, directions):
+    """reset, (T, B) and False where the row does not exist, as one keep, (T, B), per direction.
+
+    Between steps t-1 and t nothing crosses in either direction where reset[t]: running upward the
+    state arrives at t, running downward at t-1. What arrives at a row's last step running downward
+    is hx, which is kept.
+    """
+    if reset is None:
+        return None
+    keep = ~reset
+    upward = torch.cat([keep[1:], torch.ones_like(keep[:1])]) if any(directions) else None
+    return [upward if reverse else keep for reverse in directions]

@@ -1,0 +1,149 @@
+"""What ``torch.ops.torch_bptt.*`` need beyond their kernels: shapes without data, and vmap rules.
+
+The operators themselves are in ``csrc``; ``csrc/binding.cpp`` has their schemas.
+"""
+
+import torch
+from torch import Tensor
+
+import torch_bptt._extension  # noqa: F401  registers the operators
+
+ops = torch.ops.torch_bptt
+
+
+# ---- shapes: the meta device, torch.compile, torch.export ----------------------------------------
+
+
+def _batch(data: Tensor, batch_sizes: Tensor | None) -> int:
+    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
+
+
+@torch.library.register_fake("torch_bptt::rnn_forward")
+def _(x, h0, weight_ih, weight_hh, bias, batch_sizes=None, keep=None, *, alpha=1.0, **options):
+    hidden = weight_hh.shape[0]
+    h = x.new_empty((*x.shape[:-1], hidden))
+    h_n = x.new_empty((_batch(x, batch_sizes) if h0 is None else h0.shape[0], hidden))
+    return h, h_n, x.new_empty((0,)) if alpha == 1 else torch.empty_like(h)
+
+
+@torch.library.register_fake("torch_bptt::rnn_backward")
+def _(
+    grad_h,
+    grad_h_n,
+    x,
+    h0,
+    h,
+    f,
+    weight_ih,
+    weight_hh,
+    batch_sizes=None,
+    keep=None,
+    *,
+    wanted,
+    **options,
+):
+    hidden = weight_hh.shape[0]
+    batch = (_batch(x, batch_sizes) if h0 is None else h0.shape[0]) if wanted[1] else 0
+    grad_x = torch.empty_like(x)
+    if x.shape[-1] > 1 and grad_x.stride(-1) != 1:
+        grad_x = x.new_empty(x.shape)
+    outputs = (
+        grad_x,
+        x.new_empty((batch, hidden)),
+        x.new_empty(weight_ih.shape),
+        x.new_empty(weight_hh.shape),
+        x.new_empty((hidden,)),
+    )
+    return tuple(o if w else x.new_empty((0,)) for o, w in zip(outputs, wanted, strict=True))
+
+
+@torch.library.register_fake("torch_bptt::adjoint_scan")
+def _(g, gate, weight_hh, batch_sizes=None, keep=None, **options):
+    return g.new_empty(g.shape), g.new_empty((_batch(g, batch_sizes), g.shape[-1]))
+
+
+@torch.library.register_fake("torch_bptt::tangent_scan")
+def _(c, q0, gate, weight_hh, batch_sizes=None, keep=None, **options):
+    return c.new_empty(c.shape)
+
+
+# ---- vmap ----------------------------------------------------------------------------------------
+#
+# With the same weights for all, the mapped dimension joins the batch: one call over B * G rows.
+# With weights of their own, or weight gradients of their own, each of the G is a call.
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int, where: int) -> Tensor | None:
+    """Joins the mapped dimension to dimension ``where`` (from the end), as its fastest part."""
+    if tensor is None:
+        return None
+    tensor = (
+        tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    )
+    tensor = tensor.movedim(0, where)
+    return tensor.flatten(tensor.dim() + where - 1, tensor.dim() + where)
+
+
+def _unfold(tensor: Tensor, size: int) -> tuple[Tensor, int | None]:
+    """Undoes ``_fold`` for rows of features; the dimension to map over comes with it."""
+    if tensor.dim() == 1:  # not wanted, empty
+        return tensor, None
+    tensor = tensor.unflatten(-2, (-1, size) if tensor.shape[-2] else (0, size))
+    return tensor, tensor.dim() - 2
+
+
+def _register(name: str, rows: set[str], may_fold) -> None:
+    """Registers the vmap rule of an operator.
+
+    Arguments:
+        name: the operator.
+        rows: its arguments that hold rows of features, which the mapped dimension can join.
+        may_fold: with (the names of the mapped arguments, the options), whether one call will do.
+    """
+    op = getattr(ops, name)
+    arguments = [a.name for a in op.default._schema.arguments if not a.kwarg_only]
+
+    def rule(info, in_dims, *args, **options):
+        size = info.batch_size
+        args = dict(zip(arguments, args, strict=False))
+        dims = dict(zip(arguments, in_dims, strict=False))
+        mapped = {a for a, dim in dims.items() if dim is not None}
+        if "batch_sizes" in mapped:
+            raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
+        if mapped <= rows | {"keep"} and may_fold(options):
+            for a in rows & args.keys():
+                args[a] = (
+                    _fold(args[a], dims[a], size, -2)
+                    if args[a] is None or args[a].dim() > 1
+                    else args[a]
+                )
+            args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
+            if args.get("batch_sizes") is not None:
+                args["batch_sizes"] = args["batch_sizes"] * size
+            outputs = op(**args, **options)
+            if isinstance(outputs, Tensor):
+                return _unfold(outputs, size)
+            folded = [_unfold(o, size) for o in outputs]
+            return tuple(o for o, _ in folded), tuple(dim for _, dim in folded)
+        calls = [
+            op(
+                **{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()},
+                **options,
+            )
+            for i in range(size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(each) for each in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    torch.library.register_vmap(f"torch_bptt::{name}", rule)
+
+
+_register("rnn_forward", {"x", "h0"}, lambda options: True)
+_register(
+    "rnn_backward",
+    {"grad_h", "grad_h_n", "x", "h0", "h", "f"},
+    lambda options: not any(options["wanted"][2:]),
+)
+_register("adjoint_scan", {"g", "gate"}, lambda options: True)
+_register("tangent_scan", {"c", "q0", "gate"}, lambda options: True)

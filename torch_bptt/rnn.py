@@ -1,0 +1,326 @@
+"""RNN and RNNCell: torch.nn's modules of the same names, running on the fused kernels.
+
+They own parameters and check what callers hand over in the words of torch.nn; ``functional`` does
+the rest.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from torch_bptt import checks
+from torch_bptt.functional import layer, layer_options, run
+
+
+class RNN(nn.RNNBase):
+    """An Elman RNN of one or more layers, in one or both directions: torch.nn.RNN with another
+    import.
+
+        h_t = (1 - alpha) h_{t-1} + alpha f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)
+
+    The arguments up to dtype, the parameters, their names, order and initial values for a given
+    seed, the state_dict and the errors are those of torch.nn.RNN. Keyword-only options go beyond it
+    and are off by default.
+
+    Arguments:
+        input_size: features of the input, I > 0.
+        hidden_size: features of the state, H > 0.
+        num_layers: layers stacked on one another, L > 0.
+        nonlinearity: f, one of 'tanh', 'relu', 'sigmoid', 'identity'.
+        bias: False leaves out b_ih and b_hh.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...); hx and h_n are not.
+        dropout: probability, in [0, 1], that an output of any layer but the last is zeroed while
+            training.
+        bidirectional: D = 2: every layer also runs from the last step to the first, and outputs are
+            concatenated.
+        device, dtype: of the parameters.
+        alpha, truncate, clip_grad_h: the leak, truncated backpropagation and clipping of the
+            gradient of every state; see ``torch_bptt.functional.rnn``. They apply to every layer.
+    Attributes:
+        weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k}: (H, I or D*H), (H, H), (H,) and
+            (H,) of layer k; with the ending _reverse, those of the other direction.
+        mode: 'RNN_TANH', 'RNN_RELU', 'RNN_SIGMOID' or 'RNN_IDENTITY'.
+    Raises:
+        ValueError, TypeError: an argument makes no sense.
+    Example:
+        >>> rnn = RNN(10, 20, num_layers=2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.zeros(2, 3, 20))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+
+    Source:
+        Elman (1990), Finding structure in time.
+    """
+
+    __jit_unused_properties__ = ("all_weights", "_flat_weights")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float = 1.0,
+        truncate: int | None = None,
+        clip_grad_h: float | None = None,
+        **unknown: object,
+    ) -> None:
+        if "proj_size" in unknown:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if unknown:
+            raise TypeError(
+                f"RNN.__init__() got an unexpected keyword argument {next(iter(unknown))!r}"
+            )
+        checks.check_nonlinearity(nonlinearity)
+        checks.check_options("RNN", alpha, truncate, clip_grad_h)
+        # RNNBase wants one of its own modes; all that it takes from it is the number of gates, one.
+        super().__init__(
+            "RNN_TANH",
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.nonlinearity = nonlinearity
+        self.mode = f"RNN_{nonlinearity.upper()}"
+        self.alpha = alpha
+        self.truncate = truncate
+        self.clip_grad_h = clip_grad_h
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | int | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run all layers over a whole sequence.
+
+        Arguments:
+            input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a
+                PackedSequence.
+            hx: states before the first step, (L*D, B, H), or (L*D, H) for one sequence, rows in the
+                caller's order; layer 0 forward, layer 0 reverse, layer 1 forward, ... None means
+                zeros.
+            lengths: how many steps of each row exist, (B,) integers from 0 to T in any order.
+            reset: (T, B) bool, (B, T) with batch_first: where rows start anew. Both directions
+                treat a segment between resets as a sequence of its own. For both see
+                ``torch_bptt.functional.rnn``.
+        Returns:
+            output: the states of the last layer, (T, B, D*H) or as input has it.
+            h_n: the final state of each layer and direction, shaped and ordered as hx.
+        Raises:
+            ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
+                or ValueError.
+        """
+        layers = self._layers()
+        rows = checks.check_input(input, layers[0][0], self.input_size, self.batch_first)
+        if hx is not None:
+            checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
+        activation = self.mode.removeprefix("RNN_").lower()
+        options = layer_options(activation, self.alpha, self.truncate, self.clip_grad_h)
+        directions = (False, True) if self.bidirectional else (False,)
+        dropout = self.dropout if self.training else 0.0
+        return run(
+            input, hx, layers, options, directions, self.batch_first, dropout, lengths, reset
+        )
+
+    def _layers(self):
+        missing = () if self.bias else (None, None)
+        return [(*look_up(self, names), *missing) for names in self._all_weights]
+
+    @property
+    def _flat_weights(self):
+        """The parameters in order; looked up, not cached as in RNNBase, so never stale."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        """RNNBase assigns its cache; there is none here."""
+
+    def flatten_parameters(self):
+        """Do nothing, for those who call it on torch.nn.RNN: the kernels need no flat copy."""
+
+    def extra_repr(self):
+        options = {"nonlinearity": "tanh", "alpha": 1.0, "truncate": None, "clip_grad_h": None}
+        changed = [name for name, default in options.items() if getattr(self, name) != default]
+        return super().extra_repr() + "".join(f", {name}={getattr(self, name)}" for name in changed)
+
+    def __setstate__(self, state):
+        defaults = {"alpha": 1.0, "truncate": None, "clip_grad_h": None}
+        super().__setstate__({**defaults, **state})
+
+    @classmethod
+    def from_torch(cls, module: nn.RNN) -> "RNN":
+        """The same network as ``module``, a torch.nn.RNN, on the fused kernels.
+
+        The two share parameters, buffers and registered hooks (the very objects: optimizers stay
+        valid, training one trains the other, the handle of a hook removes it from both); options
+        and the training flag are copied. No random number is drawn.
+
+        Raises:
+            TypeError: module is not a torch.nn.RNN, or of a class derived from it, whose forward
+                may be different. (One with parametrizations is accepted.)
+        """
+        return _as(cls, module, nn.RNN)
+
+    def to_torch(self) -> nn.RNN:
+        """The same network as a torch.nn.RNN, sharing what ``from_torch`` shares.
+
+        Raises:
+            ValueError: an option is in use that torch.nn.RNN does not have; the message names it.
+        """
+        expressible = {
+            "nonlinearity": ("tanh", "relu"),
+            "alpha": (1.0,),
+            "truncate": (None,),
+            "clip_grad_h": (None,),
+        }
+        _check_expressible(self, "torch.nn.RNN", expressible)
+        return _as(nn.RNN, self, RNN)
+
+
+class RNNCell(nn.RNNCellBase):
+    """One step of an Elman RNN: torch.nn.RNNCell with another import.
+
+        h' = f(x W_ih^T + b_ih + h W_hh^T + b_hh)
+
+    Arguments:
+        input_size, hidden_size: features of the input, I, and of the state, H.
+        bias: False leaves out b_ih and b_hh (they are then None).
+        nonlinearity: f, one of 'tanh', 'relu', 'sigmoid', 'identity'; as in torch.nn.RNNCell
+            checked by forward.
+        device, dtype: of the parameters.
+    Attributes:
+        weight_ih, weight_hh, bias_ih, bias_hh: (H, I), (H, H), (H,) and (H,).
+    Example:
+        >>> RNNCell(10, 20)(torch.randn(3, 10), torch.zeros(3, 20)).shape
+        torch.Size([3, 20])
+
+    Source:
+        Elman (1990), Finding structure in time.
+    """
+
+    __constants__ = (*nn.RNNCellBase.__constants__, "nonlinearity")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Arguments:
+            input: (B, I), or (I,) without a batch.
+            hx: the state, (B, H) or (H,); None means zeros.
+        Returns:
+            The next state, (B, H) or (H,).
+        Raises:
+            ValueError: a wrong number of dimensions.
+            RuntimeError: a wrong size, dtype or device; an unknown nonlinearity.
+        """
+        weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
+        batched = input.dim() == 2
+        _, h = layer(
+            input.unsqueeze(0) if batched else input[None, None],
+            hx if batched or hx is None else hx.unsqueeze(0),
+            *weights,
+            activation=self.nonlinearity,
+        )
+        return h if batched else h.squeeze(0)
+
+    @classmethod
+    def from_torch(cls, module: nn.RNNCell) -> "RNNCell":
+        """The same cell as module, a torch.nn.RNNCell, sharing what ``RNN.from_torch`` shares."""
+        return _as(cls, module, nn.RNNCell)
+
+    def to_torch(self) -> nn.RNNCell:
+        """The same cell as a torch.nn.RNNCell, sharing what ``RNN.from_torch`` shares.
+
+        Raises:
+            ValueError: torch.nn.RNNCell does not have the nonlinearity.
+        """
+        _check_expressible(self, "torch.nn.RNNCell", {"nonlinearity": ("tanh", "relu")})
+        return _as(nn.RNNCell, self, RNNCell)
+
+
+def look_up(module, names):
+    """The parameters of these names, as they are now.
+
+    Not kept from one call to the next: functional_call, parametrizations and pruning replace them.
+    The dictionary first, where a look-up takes an eighth of the time of getattr.
+    """
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+def plain_class(module):
+    """The class of module, seen through parametrizations, which derive a new one per module."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _as(cls, module, expected):
+    """A ``cls`` with everything that belongs to module, which must be exactly an ``expected``.
+
+    The dictionaries of parameters, buffers and submodules are copied, so that assigning a parameter
+    to one module leaves the other alone; what they hold is shared, and so are the dictionaries of
+    hooks, or handles would break.
+    """
+    if plain_class(module) is not expected:
+        raise TypeError(
+            f"module must be exactly a {expected.__module__}.{expected.__name__}, "
+            f"got {type(module).__module__}.{type(module).__name__}"
+        )
+    hooks = module._load_state_dict_pre_hooks.values()
+    if any(getattr(hook, "with_module", False) for hook in hooks):
+        raise ValueError(
+            "module must have no load_state_dict_pre_hook, as it is bound to the module it was "
+            "registered on, got one: remove it, and register it again on the result"
+        )
+    state = {**vars(module), "_flat_weights": getattr(module, "_flat_weights", None)}
+    state.pop("_flat_weight_refs", None)
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        state[name] = copy.copy(state[name])
+    if parametrize.is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name != "__module__"}
+        cls = type(type(module).__name__, (cls,), own)
+    result = cls.__new__(cls)
+    result.__setstate__(state)
+    return result
+
+
+def _check_expressible(module, target, expressible):
+    for name, values in expressible.items():
+        if getattr(module, name) not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(
+                f"to_torch: {name} must be {expected}, as {target} knows nothing else, "
+                f"got {getattr(module, name)!r}"
+            )
