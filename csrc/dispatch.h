@@ -22,7 +22,7 @@ struct tag {
 
 // body(tag<storage type>{}) for the dtype of `tensor`.
 template <class Body>
-void dispatch_dtype(const char* op, const Tensor& tensor, Body&& body) {
+void dispatch_dtype(const char* op, const char* name, const Tensor& tensor, Body&& body) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return body(tag<float>{});
@@ -33,7 +33,7 @@ void dispatch_dtype(const char* op, const Tensor& tensor, Body&& body) {
     case at::kHalf:
       return body(tag<float16>{});
     default:
-      TORCH_CHECK_TYPE(false, op, ": dtype must be float32, float64, bfloat16 or float16, got ",
+      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
                        tensor.scalar_type());
   }
 }

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   const Tensor x_rows = with_feature_rows(x), h_rows = with_feature_rows(h),
                f_rows = alpha == 1 ? h_rows : with_feature_rows(f),
                weight_ih_rows = weight_ih.contiguous(), weight_hh_rows = weight_hh.contiguous();
-  dispatch_dtype(op, x, [&](auto dtype) {
+  dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     BackwardProblem<S> problem;
     problem.schedule = schedule.schedule;

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
                weight_hh_rows = weight_hh.contiguous();
   const OptionalTensor h0_rows = with_feature_rows(h0);
   const Tensor bias_row = bias ? bias->contiguous() : Tensor();
-  dispatch_dtype(op, x, [&](auto dtype) {
+  dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     ForwardProblem<S> problem;
     problem.schedule = schedule.schedule;

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> adjoint_scan(const Tensor& g, const Tensor& gate,
   Tensor d0 = at::empty({sizes.B, weight_hh.size(0)}, g.options());
   const Tensor g_rows = with_feature_rows(g), gate_rows = with_feature_rows(gate),
                weight_rows = weight_hh.contiguous();
-  dispatch_dtype(op, g, [&](auto dtype) {
+  dispatch_dtype(op, "g", g, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     ScanProblem<S> problem = scan_problem<S>(schedule, alpha, g_rows, gate_rows, weight_rows, d);
     problem.clip = clip.value_or(-1);
@@ -75,7 +75,7 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
   const Tensor c_rows = with_feature_rows(c), gate_rows = with_feature_rows(gate),
                weight_rows = weight_hh.contiguous();
   const OptionalTensor q0_rows = with_feature_rows(q0);
-  dispatch_dtype(op, c, [&](auto dtype) {
+  dispatch_dtype(op, "c", c, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     ScanProblem<S> problem = scan_problem<S>(schedule, alpha, c_rows, gate_rows, weight_rows, q);
     problem.d0_in = rows_of<S>(q0_rows);

@@ -48,7 +48,7 @@ TITLE = {"torch": "torch.nn.RNN", "torch_bptt": "torch_bptt.RNN"}
 
 EMBEDDING = 64
 CLIP = 1.0  # largest norm of the gradient, which sometimes explodes (Pascanu et al., 2013)
-STDLIB_CHARACTERS = 3_000_000  # about as many as the default steps read once
+STDLIB_CHARACTERS = 6_000_000  # about as many as the default steps read once
 HELD_OUT = 0.1  # this last part of the text is never trained on
 HELD_OUT_CHUNKS = 50  # at most so many are used: a second or two per model
 RARE, RARE_BELOW = "\ufffd", 10  # characters seen less often than this share one entry
@@ -480,8 +480,11 @@ def draw_curves(
         ours, theirs = (torch.tensor(t.losses, dtype=torch.float64) for t in trainees.values())
         difference = (ours - theirs).abs() / math.log(2)
         apart.semilogy(range(1, args.steps + 1), difference, ".", markersize=4, color="#4a5a6a")
-        apart.set(title="Difference of the two losses: rounding, and its growth", xlabel="step")
-        apart.set(ylabel="bits per character")
+        apart.set(
+            title="Difference of the two losses: rounding, and its growth",
+            ylabel="bits per character",
+        )
+        apart.set(xlabel="step (equal losses are not drawn)")
 
     for (label, norms), colour in zip(reach.items(), ("#e08a00", "#1f6fb4"), strict=True):
         low, middle, high = norms.quantile(torch.tensor([0.2, 0.5, 0.8]).to(norms), dim=1)
@@ -490,7 +493,7 @@ def draw_curves(
     back.axvline(args.chunk, color="#777777", linestyle=":", label="training cut the gradient here")
     back.set(title="How far back the gradient reaches", xlabel="distance k, characters")
     back.set(ylabel=r"$|dL_t/dh_{t-k}|\;/\;|dL_t/dh_t|$", ylim=(1e-12, 10))
-    back.legend()
+    back.legend(frameon=True, edgecolor="white", framealpha=1)
     path = args.out / "curves.png"
     figure.savefig(path, dpi=130)
     return path
@@ -530,12 +533,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; None: the standard library's source")
-    add("--hidden", type=count, metavar="H", default=512, help="units per layer")
+    add("--hidden", type=count, metavar="H", default=256, help="units per layer")
     add("--layers", type=count, metavar="L", default=1, help="recurrent layers")
-    add("--steps", type=count, metavar="N", default=700, help="training steps, one chunk each")
+    add("--steps", type=count, metavar="N", default=1800, help="training steps, one chunk each")
     add("--batch", type=count, metavar="B", default=32, help="pieces of text read in parallel")
     add("--chunk", type=count, metavar="T", default=100, help="characters a gradient goes back")
-    add("--lr", type=positive, metavar="RATE", default=2e-3, help="learning rate at the start")
+    add("--lr", type=positive, metavar="RATE", default=3e-3, help="learning rate at the start")
     add(
         "--seed", type=natural, metavar="N", default=0, help="of the initial weights and the sample"
     )

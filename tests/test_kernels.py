@@ -4,6 +4,7 @@
 far they may differ and ``cases.py`` holds the problems.
 """
 
+import inspect
 import re
 
 import numpy as np
@@ -609,6 +610,17 @@ def test_state_without_f_is_refused_where_alpha_needs_it():
 
 
 # --- what the dispatcher expects ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rnn_forward", "rnn_backward", "adjoint_scan", "tangent_scan"])
+def test_reference_has_the_signature_of_the_operator(name):
+    absent = inspect.Parameter.empty
+    schema = [
+        (a.name, a.default_value if a.has_default_value() else absent, a.kwarg_only)
+        for a in getattr(OPERATORS, name).default._schema.arguments
+    ]
+    signature = inspect.signature(getattr(reference, name)).parameters.values()
+    assert schema == [(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in signature]
 
 
 @pytest.mark.parametrize("case", [Case(), Case(**EVERYTHING), Case(T=0, B=2)], ids=str)

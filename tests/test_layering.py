@@ -15,12 +15,12 @@ PYTHON = sorted(PACKAGE.glob("*.py"))
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]', re.MULTILINE)
 # What torch installs; and Python, wherever it shows.
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
-KNOWS_PYTHON = re.compile(r"pybind11|\bPy[A-Z]\w+|Python\.h|torch/extension\.h|torch/python\.h")
+KNOWS_PYTHON = re.compile(r"pybind11|\bPy(?!Torch)[A-Z]\w+|Python\.h|torch/(extension|python)\.h")
 
 # The Python side from top to bottom: a module imports from the package only what comes after it.
 ORDER = [
-    "__main__", "bench", "__init__", "convert", "rnn", "functional", "checks", "autograd", "operators",
-    "_extension", "reference", "_C",
+    "__main__", "bench", "__init__", "convert", "rnn", "functional", "checks", "autograd",
+    "operators", "_extension", "reference", "_C",
 ]  # fmt: skip
 
 

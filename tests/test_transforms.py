@@ -68,8 +68,9 @@ def test_meta_device():
     rnn = RNN(3, 4, 2, bidirectional=True, batch_first=True, device="meta")
     output, h_n = rnn(torch.empty(2, 5, 3, device="meta"), torch.empty(4, 2, 4, device="meta"))
     assert (output.shape, h_n.shape) == ((2, 5, 8), (4, 2, 4))
-    output, h_n = rnn(torch.empty(2, 5, 3, device="meta"), lengths=[3, 0])
-    assert (output.shape, h_n.shape) == ((2, 5, 8), (4, 2, 4))
+    for lengths in ([3, 0], [0, 0]):
+        output, h_n = rnn(torch.empty(2, 5, 3, device="meta"), lengths=lengths)
+        assert (output.shape, h_n.shape) == ((2, 5, 8), (4, 2, 4))
     (output.sum() + h_n.sum()).backward()
     assert rnn.weight_hh_l1_reverse.grad.shape == (4, 4)
 
@@ -253,6 +254,7 @@ def test_parametrizations(apply):
         apply(module)
         module.eval()  # in training every look at spectral_norm's weight is one more iteration
     assert isinstance(ours, RNN)
+    assert all(isinstance(weight, torch.Tensor) for weight in ours._flat_weights)
     assert_same_run(run(ours, randn(5, 2, 3)), run(theirs, randn(5, 2, 3)))
     with torch.no_grad():
         for parameter in (*ours.parameters(), *theirs.parameters()):
@@ -337,3 +339,50 @@ def test_deterministic_algorithms():
         run(ours, randn(5, 2, 3), lengths=[2, 4])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- torch.jit and torch.export
+
+
+class Head(nn.Module):
+    def __init__(self, rnn, cell):
+        super().__init__()
+        self.rnn, self.cell = rnn, cell
+
+    def forward(self, x):
+        output, h_n = self.rnn(x)
+        return output, self.cell(x[0], h_n[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_compiles_nn_rnn_and_says_so():
+    model = Head(RNN(3, 4), RNNCell(3, 4))
+    expected = model(torch.ones(5, 2, 3))
+    with pytest.warns(UserWarning, match=r"compiles RNN(Cell)? as torch\.nn\.RNN") as caught:
+        scripted = torch.jit.script(model)
+    assert sum(warning.category is UserWarning for warning in caught) == 2
+    assert [type(module) for module in model.children()] == [nn.RNN, nn.RNNCell]
+    for got, other in zip(scripted(torch.ones(5, 2, 3)), expected, strict=True):
+        assert_same("result", got, other, limit=6e-6)  # fewer than 100 float32 roundings
+    with pytest.raises(ValueError, match=r"alpha must be 1\.0"):
+        torch.jit.script(RNN(3, 4, alpha=0.5))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_trace():
+    ours, _ = pair(3, 4, 2, bidirectional=True)
+    traced = torch.jit.trace(ours, randn(5, 2, 3))
+    for got, expected in zip(traced(randn(7, 2, 3)), ours(randn(7, 2, 3)), strict=True):
+        assert_same("result", got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dimension", [0, 1], ids=["steps", "batch"])
+def test_export_with_a_dynamic_size(dimension):
+    ours, _ = pair(3, 4, 2, bidirectional=True)
+    size = torch.export.Dim("size", min=2)
+    shapes = {"input": {dimension: size}}
+    program = torch.export.export(ours, (randn(5, 3, 3),), dynamic_shapes=shapes)
+    other = randn(9, 3, 3) if dimension == 0 else randn(5, 7, 3)
+    for got, expected in zip(program.module()(other), ours(other), strict=True):
+        assert_same("result", got, expected)

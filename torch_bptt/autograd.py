@@ -15,6 +15,8 @@ from contextlib import nullcontext
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from torch_bptt.operators import ops
@@ -58,13 +60,18 @@ def rnn_layer(
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
-        NotImplementedError: a second derivative with ``clip``.
+        NotImplementedError: a second derivative with ``clip``; forward mode inside forward mode.
 
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
-    h, h_n, _ = RNNForward.apply(
-        x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
+    if _forward_levels() > 1:
+        raise NotImplementedError(
+            "rnn: forward mode inside forward mode is not supported (torch.func loses terms of it in "
+            "every autograd.Function); use torch.func.hessian or jvp of grad, or grad of jvp"
+        )
+    h, h_n, _ = _apply(
+        RNNForward, x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
         activation, alpha, reverse, truncate, clip,
     )  # fmt: skip
     return h, h_n
@@ -95,7 +102,11 @@ class Links:
         else:
             first = h.new_zeros((self._columns.max() + 1, h.shape[-1])) if h0 is None else h0
             p = torch.cat((h, first)).index_select(0, self._before.to(h.device))
-        return self._masked(p, truncated)
+        if not self.truncate or truncated:
+            return self._masked(p, truncated)
+        # The state itself crosses a truncated link, as a value without a gradient.
+        linked = dataclasses.replace(self, keep=None)._mask(p, truncated=True)
+        return self._masked(torch.where(linked[..., None], p, p.detach()), truncated)
 
     def leaving(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The transpose of ``arriving``: what each step, and h0, gets back from the step after it."""
@@ -178,6 +189,25 @@ class Links:
             linked = linked.to(p.device)
             mask = linked if mask is None else mask & linked
         return mask
+
+
+def _forward_levels() -> int:
+    """How many torch.func.jvp (or jacfwd, ...) the caller is inside of."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+
+
+def _apply(function: type[Function], *args):
+    """``function.apply(*args)`` by the shortest way.
+
+    ``Function.apply`` first binds args to a signature, which takes longer (0.1 ms) than a short
+    sequence does; and without derivatives there is no need of a Function.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _run_packed(stack, input, hx, reset, directions):
 def _run_padded(stack, input, hx, lengths, reset, directions, batch_first):
     """Pack the rows that have steps, run, and put output back among zeros and h_n back into hx."""
     rows, device = len(lengths), input.device
-    lengths, order = lengths.sort(descending=True, stable=True)
+    lengths, order = lengths.sort(descending=True)
     order, lengths = order[lengths > 0], lengths[lengths > 0]
     existing = torch.arange(lengths[0] if len(lengths) else 0)[:, None] < lengths
     batch_sizes = existing.sum(1)

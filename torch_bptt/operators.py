@@ -15,7 +15,9 @@ ops = torch.ops.torch_bptt
 
 
 def _batch(data: Tensor, batch_sizes: Tensor | None) -> int:
-    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
+    if batch_sizes is None:
+        return data.shape[1]
+    return batch_sizes[0].item() if len(batch_sizes) else 0
 
 
 @torch.library.register_fake("torch_bptt::rnn_forward")

@@ -92,11 +92,11 @@ def rnn_forward(
     weight_ih,
     weight_hh,
     bias,
+    batch_sizes=None,
+    keep=None,
     *,
     activation,
     alpha=1.0,
-    batch_sizes=None,
-    keep=None,
     reverse=False,
 ):
     """Run one Elman layer over a whole sequence, in one direction.
@@ -108,11 +108,11 @@ def rnn_forward(
         x: input, (T, B, I) or (N, I), any floating dtype.
         h0: state before a row's first step in processing order, (B, H); None means zeros.
         weight_ih, weight_hh, bias: (H, I), (H, H) and (H,); bias may be None.
-        activation: a name in ``activations``.
-        alpha: a in (0, 1]; 1 is Elman's network, less a leaky one.
         batch_sizes: (T,) int64 on the CPU; None means dense.
         keep: k, (T, B) bool; False lets a row start from zero at step t, dropping h0 too. None
             means all True.
+        activation: a name in ``activations``.
+        alpha: a in (0, 1]; 1 is Elman's network, less a leaky one.
         reverse: process t downward; the state then arrives at step t from t+1.
     Returns:
         h: every state, (T, B, H) or (N, H).
@@ -144,11 +144,11 @@ def rnn_backward(
     f,
     weight_ih,
     weight_hh,
+    batch_sizes=None,
+    keep=None,
     *,
     activation,
     alpha=1.0,
-    batch_sizes=None,
-    keep=None,
     reverse=False,
     truncate=0,
     clip=None,
@@ -201,10 +201,10 @@ def adjoint_scan(
     g,
     gate,
     weight_hh,
-    *,
-    alpha=1.0,
     batch_sizes=None,
     keep=None,
+    *,
+    alpha=1.0,
     reverse=False,
     truncate=0,
     clip=None,
@@ -223,7 +223,7 @@ def adjoint_scan(
             k steps.
         clip: c clamps every d_t to [-c, c], but not d_{-1}, so that two calls on two halves equal
             one call.
-        alpha, batch_sizes, keep, reverse: as in rnn_forward.
+        batch_sizes, keep, alpha, reverse: as in rnn_forward.
     Returns:
         d: shaped as g.
         d0: d_{-1}, the recursion once more without g, (B, H).
@@ -251,10 +251,10 @@ def tangent_scan(
     q0,
     gate,
     weight_hh,
-    *,
-    alpha=1.0,
     batch_sizes=None,
     keep=None,
+    *,
+    alpha=1.0,
     reverse=False,
     truncate=0,
 ):
@@ -270,7 +270,7 @@ def tangent_scan(
         gate: G, shaped as c.
         weight_hh: (H, H).
         truncate: k > 0 takes k_t as 0 where t = k, 2k, ..., as detaching the state does.
-        alpha, batch_sizes, keep, reverse: as in rnn_forward.
+        batch_sizes, keep, alpha, reverse: as in rnn_forward.
     Returns:
         q: shaped as c.
     Source:

@@ -5,6 +5,7 @@ the rest.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,7 @@ from torch_bptt.functional import layer, layer_options, run
 
 
 class RNN(nn.RNNBase):
-    """An Elman RNN of one or more layers, in one or both directions: torch.nn.RNN with another
-    import.
+    """An Elman RNN, layers stacked, one or both directions: torch.nn.RNN with another import.
 
         h_t = (1 - alpha) h_{t-1} + alpha f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)
 
@@ -196,6 +196,9 @@ class RNN(nn.RNNBase):
         _check_expressible(self, "torch.nn.RNN", expressible)
         return _as(nn.RNN, self, RNN)
 
+    def __prepare_scriptable__(self):
+        return _for_script(self)
+
 
 class RNNCell(nn.RNNCellBase):
     """One step of an Elman RNN: torch.nn.RNNCell with another import.
@@ -269,6 +272,9 @@ class RNNCell(nn.RNNCellBase):
         _check_expressible(self, "torch.nn.RNNCell", {"nonlinearity": ("tanh", "relu")})
         return _as(nn.RNNCell, self, RNNCell)
 
+    def __prepare_scriptable__(self):
+        return _for_script(self)
+
 
 def look_up(module, names):
     """The parameters of these names, as they are now.
@@ -314,6 +320,17 @@ def _as(cls, module, expected):
     result = cls.__new__(cls)
     result.__setstate__(state)
     return result
+
+
+def _for_script(module):
+    """What torch.jit.script compiles: it knows no operators with derivatives in Python."""
+    theirs = module.to_torch()
+    warnings.warn(
+        f"torch.jit.script compiles {type(module).__name__} as torch.nn.{type(theirs).__name__}, "
+        "and puts that in its place in the model: torch_bptt.convert(model) undoes it",
+        stacklevel=2,
+    )
+    return theirs
 
 
 def _check_expressible(module, target, expressible):

@@ -19,7 +19,6 @@ class BackwardLoop {
         parallel(parallel),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
         tasks(tasks_for(parallel, chunk_rows * p.H * p.I, chunk_rows / kBlockRows)),
-        chains(s.B <= 2 ? Chains::split : Chains::single),
         panels_hh(Panels<C>::size(p.H, p.H)),
         panels_ih(p.grad_x.data ? Panels<C>::size(p.H, p.I) : 0),
         grad_x_block(kNarrow<S> && p.grad_x.data ? tasks * kBlockRows * p.I : 0) {}
@@ -41,7 +40,7 @@ class BackwardLoop {
  private:
   using C = Compute<S>;
 
-  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H}; }
+  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
   Panels<C> weight_ih() const { return {panels_ih.get(), p.H, p.I}; }
 
   // dx = du W_ih for the rows of a chunk, its steps shared among the tasks.
@@ -53,7 +52,7 @@ class BackwardLoop {
       C* out[kBlockRows];
       int rows = 0;
       const auto flush = [&] {
-        multiply(weight_ih(), p.H, chains, rows, du, nullptr, out,
+        multiply(weight_ih(), p.H, rows, du, nullptr, out,
                  [&](int64_t row, int64_t count, int64_t j0, int64_t columns) {
                    if constexpr (kNarrow<S>) {
                      for (int64_t r = row; r < row + count; ++r) {
@@ -86,7 +85,6 @@ class BackwardLoop {
   const Parallel& parallel;
   const int64_t chunk_rows;
   const int tasks;
-  const Chains chains;
   Buffer<C> panels_hh, panels_ih, grad_x_block;
 };
 

@@ -78,7 +78,6 @@ class ForwardLoop {
         parallel(parallel),
         tasks(tasks_for(parallel, s.rows() * p.H * (p.H + p.I), s.B / kRowsPerTask)),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
-        chains(s.B <= 2 ? Chains::split : Chains::single),
         options(p.alpha, -1),
         cell(forward_cell_of<S>(p.activation)),
         panels_ih(Panels<C>::size(p.I, p.H)),
@@ -113,7 +112,7 @@ class ForwardLoop {
   static constexpr int64_t kRowsPerTask = kTileRows;
 
   Panels<C> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
-  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H}; }
+  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
 
   // All steps of the task's own batch rows; tasks never wait for each other.
   void run_task(int task) {
@@ -135,8 +134,7 @@ class ForwardLoop {
     C* u[kBlockRows];
     int rows = 0;
     const auto flush = [&] {
-      multiply(weight_ih(), p.I, chains, rows, x, init, u,
-               [](int64_t, int64_t, int64_t, int64_t) {});
+      multiply(weight_ih(), p.I, rows, x, init, u, [](int64_t, int64_t, int64_t, int64_t) {});
       rows = 0;
     };
     for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
@@ -163,7 +161,7 @@ class ForwardLoop {
         if (options.leaky()) block.f[r] = s.row(p.f, t, b0 + r);
         if constexpr (kNarrow<S>) block.state[r] = ring().row(t, b0 + r);
       }
-      multiply(weight_hh(), p.H, chains, rows, block.arriving, block.z, block.z,
+      multiply(weight_hh(), p.H, rows, block.arriving, block.z, block.z,
                [&](int64_t row, int64_t count, int64_t j, int64_t columns) {
                  cell(block, row, count, j, j + columns, options);
                });
@@ -213,7 +211,6 @@ class ForwardLoop {
   const Parallel& parallel;
   const int tasks;
   const int64_t chunk_rows;
-  const Chains chains;
   const StepOptions<C> options;
   const ForwardCell<S> cell;
   Buffer<C> panels_ih, panels_hh, bias, zeros, h0, states, drive, x_block;

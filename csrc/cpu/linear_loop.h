@@ -103,7 +103,6 @@ class AdjointLoop {
         chunk_rows(chunk_rows),
         parallel(parallel),
         tasks(tasks_for(parallel, chunk_rows * H * H, s.B / kTileRows)),
-        chains(s.B <= 2 ? Chains::split : Chains::single),
         du(2 * chunk_rows * H),
         states(options.leaky() ? 2 * s.B * H : 0),
         zeros(H),
@@ -162,7 +161,7 @@ class AdjointLoop {
           block.d[r] = ring().row(t, b);
         }
       }
-      multiply(weight_hh, K, chains, count, block.arriving, nullptr, block.du,
+      multiply(weight_hh, K, count, block.arriving, nullptr, block.du,
                [&](int64_t row, int64_t rows_done, int64_t j, int64_t columns) {
                  cell(block, row, rows_done, j, j + columns, options);
                });
@@ -180,7 +179,7 @@ class AdjointLoop {
         arriving[r] = s.linked(t, b0 + r) ? du_row(t, b0 + r) : zeros.get();
         z[r] = d0_block.get() + (task * kBlockRows + r) * H;
       }
-      multiply(weight_hh, H, chains, count, arriving, nullptr, z,
+      multiply(weight_hh, H, count, arriving, nullptr, z,
                [&](int64_t row, int64_t rows_done, int64_t j0, int64_t columns) {
                  for (int64_t r = row; r < row + rows_done; ++r) {
                    const int64_t b = b0 + r;
@@ -211,7 +210,6 @@ class AdjointLoop {
   const int64_t chunk_rows;
   const Parallel& parallel;
   const int tasks;
-  const Chains chains;
   Buffer<C> du, states, zeros, d0_block;
   Chunk current{0, 0}, previous{0, 0};
   int parity = 0;
@@ -222,7 +220,7 @@ template <class S>
 void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   using C = Compute<S>;
   Buffer<C> panels(Panels<C>::size(p.H, p.H));
-  const Panels<C> weight_hh{panels.get(), p.H, p.H};
+  const Panels<C> weight_hh{panels.get(), p.H, p.H, p.schedule.B <= kFewRows};
   weight_hh.pack(p.weight_hh);
   AdjointLoop<S> loop(p.schedule, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell<S, GivenGate>,
                       {p.g, {}, p.gate, p.d, p.d0}, weight_hh, rows_per_chunk(p.schedule, p.H, p.H),
@@ -242,7 +240,6 @@ class TangentLoop {
         s(problem.schedule),
         parallel(parallel),
         tasks(tasks_for(parallel, s.rows() * p.H * p.H, s.B / kTileRows)),
-        chains(s.B <= 2 ? Chains::split : Chains::single),
         options(p.alpha, -1),
         panels(Panels<C>::size(p.H, p.H)),
         zeros(p.H),
@@ -278,7 +275,7 @@ class TangentLoop {
         arriving[r] = this->arriving(t, b0 + r);
         z[r] = product.get() + (task * kBlockRows + r) * p.H;
       }
-      multiply(weight_hh(), p.H, chains, count, arriving, nullptr, z,
+      multiply(weight_hh(), p.H, count, arriving, nullptr, z,
                [&](int64_t row, int64_t rows_done, int64_t j0, int64_t columns) {
                  for (int64_t r = row; r < row + rows_done; ++r) {
                    const int64_t b = b0 + r;
@@ -300,14 +297,13 @@ class TangentLoop {
     return p.d0_in.data ? q0.get() + b * p.H : zeros.get();
   }
 
-  Panels<C> weight_hh() const { return {panels.get(), p.H, p.H}; }
+  Panels<C> weight_hh() const { return {panels.get(), p.H, p.H, s.B <= kFewRows}; }
   StateRing<C> ring() const { return {states.get(), s.B, p.H}; }
 
   const ScanProblem<S>& p;
   const Schedule& s;
   const Parallel& parallel;
   const int tasks;
-  const Chains chains;
   const StepOptions<C> options;
   Buffer<C> panels, zeros, q0, states, product;
 };

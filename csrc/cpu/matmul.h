@@ -2,15 +2,15 @@
 //
 //   out[r][0..N) = init[r][0..N) + sum_k a[r][k] * b[k][0..N)
 //
-// b is packed once per call into panels of kPanelVectors vectors of columns, all k of a panel
+// b is packed once per call into panels a few vectors of columns wide, all k of a panel
 // consecutive, so that the inner loop reads it in order. Rows of a, init and out are lists of
 // pointers: strides, packed sequences, restarted rows (a row of zeros) and previous states need no
 // copy and no branch in the loop.
 //
 // Every sum runs over k in order, in one chain per element, whatever the size of the tile: a row's
-// result does not depend on the rows beside it. The exception is `Chains::split`, for batches of
-// one or two rows, where a single chain would wait for the latency of each multiply-add; it is a
-// property of the whole call, never of a tile.
+// result does not depend on the rows beside it. The exception are `Panels::few_rows`, for
+// recurrences over one or two batch rows, where one chain would wait for the latency of each
+// multiply-add; that is a property of the whole call, never of a tile.
 #pragma once
 
 #include "workspace.h"
@@ -20,15 +20,19 @@ TORCH_BPTT_KERNELS_BEGIN
 // Register tiles: 6 rows x 4 vectors use 24 of the 32 registers of AVX-512, 6 x 2 use 12 of 16
 // before it; the rest hold one row of b and the broadcast element of a.
 constexpr int kTileRows = 6;
-constexpr int kPanelVectors = TORCH_BPTT_VECTOR_BYTES == 64 ? 4 : 2;
-template <class C>
-constexpr int kPanelColumns = kPanelVectors * kLanes<C>;
+constexpr bool kManyRegisters = TORCH_BPTT_VECTOR_BYTES == 64;
+constexpr int kPanelVectors = kManyRegisters ? 4 : 2;
+
+// For one or two rows wider panels: each broadcast then serves four multiply-adds, where two would
+// leave the loads, not the arithmetic, as the limit. 8 sums (16 with AVX-512) hide the latency.
+constexpr int kFewRows = 2;
+constexpr int kFewRowsPanelVectors = 4;
+template <int ROWS>
+constexpr int kFewRowsChains = (kManyRegisters ? 4 : 2) / ROWS;
 
 // Rows given to one multiply(): a multiple of kTileRows whose pointers and states stay in the
 // first-level cache.
 constexpr int kBlockRows = 60;
-
-enum class Chains { single, split };
 
 // b (K, N) in panels. The last panel is only as wide as its columns need, filled up with zeros to
 // whole vectors.
@@ -37,15 +41,15 @@ struct Panels {
   using Element = C;
   C* data;
   int64_t K, N;
+  bool few_rows = false;  // the rows of a are at most kFewRows
 
   static int64_t size(int64_t K, int64_t N) {
     return K * ((N + kLanes<C> - 1) / kLanes<C>)*kLanes<C>;
   }
-  int64_t count() const { return (N + kPanelColumns<C> - 1) / kPanelColumns<C>; }
-  int64_t first_column(int64_t panel) const { return panel * kPanelColumns<C>; }
-  int64_t columns(int64_t panel) const {
-    return smaller(kPanelColumns<C>, N - first_column(panel));
-  }
+  int64_t width() const { return (few_rows ? kFewRowsPanelVectors : kPanelVectors) * kLanes<C>; }
+  int64_t count() const { return (N + width() - 1) / width(); }
+  int64_t first_column(int64_t panel) const { return panel * width(); }
+  int64_t columns(int64_t panel) const { return smaller(width(), N - first_column(panel)); }
   int vectors(int64_t panel) const { return int((columns(panel) + kLanes<C> - 1) / kLanes<C>); }
   C* panel(int64_t panel) const { return data + first_column(panel) * K; }
 
@@ -125,6 +129,20 @@ template <class C>
 using Tile = void (*)(int64_t K, const C* const* a, const C* b, const C* const* init, C* const* out,
                       int64_t column, int64_t columns);
 
+// The end of a tile whose last vector is only partly columns. Apart from the tile, so that its
+// branches do not cost the tile registers.
+template <class C>
+__attribute__((noinline)) void finish_narrow(int rows, int width, const C* sums,
+                                             const C* const* init, C* const* out, int64_t column,
+                                             int64_t columns) {
+  for (int r = 0; r < rows; ++r) {
+    for_columns<C>(0, columns, [&](int64_t j, auto lanes) {
+      const Vector<C> sum = load(sums + r * width + j, lanes);
+      store(out[r] + column + j, init ? load(init[r] + column + j, lanes) + sum : sum, lanes);
+    });
+  }
+}
+
 // ROWS x (VECTORS vectors) of out, from column `column` on; init null: zeros. The sum is added to
 // init at the end, so that long sums over several chunks are sums of shorter ones.
 template <class C, int ROWS, int VECTORS, int CHAINS, template <class, int> class Source>
@@ -157,43 +175,49 @@ void tile(int64_t K, const C* const* a, const C* b, const C* const* init, C* con
       for (int v = 0; v < VECTORS; ++v) sum[0][r][v] += source.at(r, k) * load(b + v * L, Whole{});
     }
   }
+#pragma GCC unroll 4
+  for (int c = 1; c < CHAINS; ++c) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[0][r][v] += sum[c][r][v];
+    }
+  }
+  if (columns < VECTORS * L) {
+    C sums[ROWS * VECTORS * L];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(sums + (r * VECTORS + v) * L, sum[0][r][v], Whole{});
+    }
+    return finish_narrow(ROWS, VECTORS * L, sums, init, out, column, columns);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
-    C* target = out[r] + column;
-    const C* start = init ? init[r] + column : nullptr;
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
-      V total = sum[0][r][v];
-#pragma GCC unroll 4
-      for (int c = 1; c < CHAINS; ++c) total += sum[c][r][v];
-      const int64_t left = columns - v * L;
-      if (left >= L) {
-        store(target + v * L, start ? load(start + v * L, Whole{}) + total : total, Whole{});
-      } else {  // only in the last vector of the last panel
-        const Part part{int(left)};
-        store(target + v * L, start ? load(start + v * L, part) + total : total, part);
-      }
+      const int64_t j = column + v * L;
+      store(out[r] + j, init ? load(init[r] + j, Whole{}) + sum[0][r][v] : sum[0][r][v], Whole{});
     }
   }
 }
 
-// Tiles by [rows - 1][vectors - 1].
 template <class C, template <class, int> class Source>
 struct Tiles {
   template <int ROWS, int CHAINS>
-  static constexpr Tile<C> row(int vectors) {
-    if constexpr (kPanelVectors == 4) {
+  static Tile<C> row(int vectors) {
+    if constexpr (ROWS <= kFewRows || kManyRegisters) {
       if (vectors == 4) return tile<C, ROWS, 4, CHAINS, Source>;
       if (vectors == 3) return tile<C, ROWS, 3, CHAINS, Source>;
     }
     return vectors == 2 ? tile<C, ROWS, 2, CHAINS, Source> : tile<C, ROWS, 1, CHAINS, Source>;
   }
-  static Tile<C> get(int64_t rows, int vectors, Chains chains) {
+  static Tile<C> get(int64_t rows, int vectors, bool few_rows) {
     switch (rows) {
       case 1:
-        return chains == Chains::split ? row<1, 4>(vectors) : row<1, 1>(vectors);
+        return few_rows ? row<1, kFewRowsChains<1>>(vectors) : row<1, 1>(vectors);
       case 2:
-        return chains == Chains::split ? row<2, 2>(vectors) : row<2, 1>(vectors);
+        return few_rows ? row<2, kFewRowsChains<2>>(vectors) : row<2, 1>(vectors);
       case 3:
         return row<3, 1>(vectors);
       case 4:
@@ -207,24 +231,24 @@ struct Tiles {
 };
 
 // out = init + a b for `rows` rows, K of the panels' K terms (0: out = init). after(first row,
-// rows, first column, columns) runs as soon as a tile is done, while it is in the first-level
-// cache.
+// rows, first column, columns) runs for every part of out, once it is done and still in the
+// first-level cache.
 template <class C, class After>
-void multiply(const Panels<C>& b, int64_t K, Chains chains, int64_t rows,
+void multiply(const Panels<C>& b, int64_t K, int64_t rows,
               const typename Panels<C>::Element* const* a,
               const typename Panels<C>::Element* const* init,
               typename Panels<C>::Element* const* out, After after) {
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
   for (int64_t p = 0; p < b.count(); ++p) {
-    for (int64_t g = 0; g < groups;
-         ++g) {  // groups of nearly equal size: 32 rows are 6 + 6 + 5 + 5 + 5 + 5
+    const int64_t j = b.first_column(p), columns = b.columns(p);
+    for (int64_t g = 0; g < groups; ++g) {  // of nearly equal size: 32 rows are 6+6+5+5+5+5
       const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-      Tiles<C, RowPointers>::get(count, b.vectors(p), chains)(K, a + r, b.panel(p),
-                                                              init ? init + r : nullptr, out + r,
-                                                              b.first_column(p), b.columns(p));
-      after(r, count, b.first_column(p), b.columns(p));
+      Tiles<C, RowPointers>::get(count, b.vectors(p), b.few_rows)(
+          K, a + r, b.panel(p), init ? init + r : nullptr, out + r, j, columns);
+      if (groups > 1) after(r, count, j, columns);
     }
   }
+  if (groups == 1) after(0, rows, 0, b.N);  // a few rows are still in cache, and longer is better
 }
 
 TORCH_BPTT_KERNELS_END

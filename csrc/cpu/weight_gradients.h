@@ -128,7 +128,7 @@ class WeightGradients {
         const int64_t j = g * kTileRows, width = smaller(kTileRows, p.H - j);
         for (int64_t i = 0; i < width; ++i) out[i] = sum + (j + i) * panels.N;
         const C* group = du_groups.get() + j * panels.K;
-        Tiles<C, Interleaved>::get(width, panels.vectors(column), Chains::single)(
+        Tiles<C, Interleaved>::get(width, panels.vectors(column), false)(
             panels.K, &group, panels.panel(column), first ? nullptr : out, out,
             panels.first_column(column), panels.columns(column));
       }
