@@ -67,8 +67,8 @@ def rnn_layer(
     """
     if _forward_levels() > 1:
         raise NotImplementedError(
-            "rnn: forward mode inside forward mode is not supported (torch.func loses terms of it in "
-            "every autograd.Function); use torch.func.hessian or jvp of grad, or grad of jvp"
+            "rnn: forward mode inside forward mode is not supported (torch.func loses terms of it "
+            "in every autograd.Function); use torch.func.hessian, or jvp of grad, or grad of jvp"
         )
     h, h_n, _ = _apply(
         RNNForward, x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
@@ -94,7 +94,7 @@ class Links:
         return self.batch_sizes, self.keep, alpha, self.reverse, self.truncate
 
     def arriving(self, h: Tensor, h0: Tensor | None, *, truncated: bool) -> Tensor:
-        """p_t: the state of the step before, h0 at a row's first step, zero where it is not kept."""
+        """p_t: the state of the step before, h0 at a row's first step, zero where not kept."""
         if self.batch_sizes is None:
             first = h.new_zeros(h.shape[1:]) if h0 is None else h0
             order = (h[1:], first[None]) if self.reverse else (first[None], h[:-1])
@@ -109,7 +109,7 @@ class Links:
         return self._masked(torch.where(linked[..., None], p, p.detach()), truncated)
 
     def leaving(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The transpose of ``arriving``: what each step, and h0, gets back from the step after it."""
+        """The transpose of ``arriving``: what each step, and h0, gets back from the next."""
         v = self._masked(v, truncated=True)
         zero = torch.zeros_like(v[:1])
         if self.batch_sizes is None:
@@ -226,8 +226,8 @@ def _gate(activation: str, alpha: float, h: Tensor, f: Tensor, p: Tensor) -> Ten
     """G_t = a f'(z_t) as a differentiable function of h and p."""
     y = h
     if alpha != 1:
-        # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would lose
-        # bits, and the sign of a relu with them) and its derivative from the recurrence.
+        # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would
+        # lose bits, and the sign of a relu with them) and its derivative from the recurrence.
         derived = (h - (1 - alpha) * p) / alpha
         y = f + (derived - derived.detach())
     _, slope = activations[activation]
