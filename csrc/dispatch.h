@@ -33,7 +33,8 @@ void dispatch_dtype(const char* op, const char* name, const Tensor& tensor, Body
     case at::kHalf:
       return body(tag<float16>{});
     default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+      TORCH_CHECK_TYPE(false, op, ": ", name,
+                       " must be float32, float64, bfloat16 or float16, got ",
                        tensor.scalar_type());
   }
 }
