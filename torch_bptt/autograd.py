@@ -65,11 +65,6 @@ def rnn_layer(
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
-    if _forward_levels() > 1:
-        raise NotImplementedError(
-            "rnn: forward mode inside forward mode is not supported (torch.func loses terms of it "
-            "in every autograd.Function); use torch.func.hessian, or jvp of grad, or grad of jvp"
-        )
     h, h_n, _ = _apply(
         RNNForward, x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
         activation, alpha, reverse, truncate, clip,
@@ -191,10 +186,14 @@ class Links:
         return mask
 
 
-def _forward_levels() -> int:
-    """How many torch.func.jvp (or jacfwd, ...) the caller is inside of."""
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+def _refuse_nested_forward_mode() -> None:
+    """torch.func loses terms of forward mode inside forward mode, in every Function."""
+    levels = _functorch.get_interpreter_stack() or ()
+    if sum(level.key() == _functorch.TransformType.Jvp for level in levels) > 1:
+        raise NotImplementedError(
+            "rnn: forward mode inside forward mode is not supported by torch.autograd.Function; "
+            "use torch.func.hessian, or jvp of grad, or grad of jvp"
+        )
 
 
 def _apply(function: type[Function], *args):
@@ -203,7 +202,10 @@ def _apply(function: type[Function], *args):
     ``Function.apply`` first binds args to a signature, which takes longer (0.1 ms) than a short
     sequence does; and without derivatives there is no need of a Function.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        _refuse_nested_forward_mode()
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
