@@ -13,10 +13,11 @@ NATIVE   := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
 
 # The instrumented build and how Python runs on it. Python is not instrumented itself: the runtime of
 # AddressSanitizer has to be loaded first, and with it libstdc++, which it looks into when it starts.
-# Python frees little before it exits, so leaks are not looked for. Needs GCC.
+# Python frees little before it exits, so leaks are not looked for. One thread, as the slowed-down code
+# would mostly wait for the other; the tests of threads set a number of their own. Needs GCC.
 SANITIZE  := build/sanitize/lib
 SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	PYTHONPATH=$(SANITIZE) PYTHONSAFEPATH=1 $(BIN)/python
 
 .DEFAULT_GOAL := help

@@ -52,16 +52,13 @@ class BackwardLoop {
       C* out[kBlockRows];
       int rows = 0;
       const auto flush = [&] {
-        multiply(weight_ih(), p.H, rows, du, nullptr, out,
-                 [&](int64_t row, int64_t count, int64_t j0, int64_t columns) {
-                   if constexpr (kNarrow<S>) {
-                     for (int64_t r = row; r < row + count; ++r) {
-                       for_columns<C>(j0, j0 + columns, [&](int64_t j, auto lanes) {
-                         store(grad_x[r] + j, load(out[r] + j, lanes), lanes);
-                       });
-                     }
-                   }
-                 });
+        multiply(weight_ih(), p.H, rows, du, nullptr, out, [&](int64_t first, int64_t last) {
+          if constexpr (kNarrow<S>) {
+            for_block<C>(rows, first, last, [&](int64_t r, int64_t j, auto lanes) {
+              store(grad_x[r] + j, load(out[r] + j, lanes), lanes);
+            });
+          }
+        });
         rows = 0;
       };
       for (int64_t t = chunk.t0 + steps * task / tasks; t < chunk.t0 + steps * (task + 1) / tasks;

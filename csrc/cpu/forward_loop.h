@@ -18,26 +18,25 @@ struct ForwardBlock {
   C* state[kBlockRows];  // narrow types only: h_t as it was rounded, ready for the next product
 };
 
-// z -> h for one tile.
+// z -> h for columns [begin, end) of the block's rows.
 template <class S>
-using ForwardCell = void (*)(const ForwardBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
-                             int64_t end, const StepOptions<Compute<S>>& options);
+using ForwardCell = void (*)(const ForwardBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                             StepOptions<Compute<S>> options);
 
 template <class S, class A>
-void forward_cell(const ForwardBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
-                  int64_t end, const StepOptions<Compute<S>>& options) {
+void forward_cell(const ForwardBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                  StepOptions<Compute<S>> options) {
   using C = Compute<S>;
-  for (int64_t r = row; r < row + rows; ++r) {
-    for_columns<C>(begin, end, [&](int64_t j, auto lanes) {
-      Vector<C> h = A::template value<VectorMath<C>>(load(block.z[r] + j, lanes));
-      if (options.leaky()) {
-        store(block.f[r] + j, h, lanes);
-        h = leak(load(block.arriving[r] + j, lanes), h, options);
-      }
-      store(block.h[r] + j, h, lanes);
-      if constexpr (kNarrow<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
-    });
-  }
+  const bool leaky = options.leaky();
+  for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
+    Vector<C> h = A::template value<VectorMath<C>>(load(block.z[r] + j, lanes));
+    if (leaky) {
+      store(block.f[r] + j, h, lanes);
+      h = leak(load(block.arriving[r] + j, lanes), h, options);
+    }
+    store(block.h[r] + j, h, lanes);
+    if constexpr (kNarrow<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
+  });
 }
 
 template <class S>
@@ -134,7 +133,7 @@ class ForwardLoop {
     C* u[kBlockRows];
     int rows = 0;
     const auto flush = [&] {
-      multiply(weight_ih(), p.I, rows, x, init, u, [](int64_t, int64_t, int64_t, int64_t) {});
+      multiply(weight_ih(), p.I, rows, x, init, u, [](int64_t, int64_t) {});
       rows = 0;
     };
     for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
@@ -162,9 +161,7 @@ class ForwardLoop {
         if constexpr (kNarrow<S>) block.state[r] = ring().row(t, b0 + r);
       }
       multiply(weight_hh(), p.H, rows, block.arriving, block.z, block.z,
-               [&](int64_t row, int64_t count, int64_t j, int64_t columns) {
-                 cell(block, row, count, j, j + columns, options);
-               });
+               [&](int64_t begin, int64_t last) { cell(block, rows, begin, last, options); });
     }
     keep_final(s, t, range, p.h, p.h_n, p.H);
   }

@@ -29,8 +29,8 @@ struct AdjointBlock {
 };
 
 template <class S>
-using AdjointCell = void (*)(const AdjointBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
-                             int64_t end, const StepOptions<Compute<S>>& options);
+using AdjointCell = void (*)(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                             StepOptions<Compute<S>> options);
 
 // gate_t as a function of what forward kept: alpha f'(z_t) from f(z_t).
 template <class A>
@@ -48,21 +48,20 @@ struct GivenGate {
 };
 
 template <class S, class Gate>
-void adjoint_cell(const AdjointBlock<S>& block, int64_t row, int64_t rows, int64_t begin,
-                  int64_t end, const StepOptions<Compute<S>>& options) {
+void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                  StepOptions<Compute<S>> options) {
   using C = Compute<S>;
-  for (int64_t r = row; r < row + rows; ++r) {
-    for_columns<C>(begin, end, [&](int64_t j, auto lanes) {
-      Vector<C> d = load(block.du[r] + j, lanes);
-      if (block.g[r]) d += load(block.g[r] + j, lanes);
-      if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
-      if (options.leaky()) d += options.rest * load(block.d_next[r] + j, lanes);
-      if (options.clip >= 0) d = clamp(d, options);
-      if (options.leaky()) store(block.d[r] + j, d, lanes);
-      if (block.d_out[r]) store(block.d_out[r] + j, d, lanes);
-      store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes), options) * d, lanes);
-    });
-  }
+  const bool leaky = options.leaky();
+  for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
+    Vector<C> d = load(block.du[r] + j, lanes);
+    if (block.g[r]) d += load(block.g[r] + j, lanes);
+    if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
+    if (leaky) d += options.rest * load(block.d_next[r] + j, lanes);
+    if (options.clip >= 0) d = clamp(d, options);
+    if (leaky) store(block.d[r] + j, d, lanes);
+    if (block.d_out[r]) store(block.d_out[r] + j, d, lanes);
+    store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes), options) * d, lanes);
+  });
 }
 
 template <class S>
@@ -162,9 +161,7 @@ class AdjointLoop {
         }
       }
       multiply(weight_hh, K, count, block.arriving, nullptr, block.du,
-               [&](int64_t row, int64_t rows_done, int64_t j, int64_t columns) {
-                 cell(block, row, rows_done, j, j + columns, options);
-               });
+               [&](int64_t j, int64_t last) { cell(block, count, j, last, options); });
     }
   }
 
@@ -179,18 +176,15 @@ class AdjointLoop {
         arriving[r] = s.linked(t, b0 + r) ? du_row(t, b0 + r) : zeros.get();
         z[r] = d0_block.get() + (task * kBlockRows + r) * H;
       }
-      multiply(weight_hh, H, count, arriving, nullptr, z,
-               [&](int64_t row, int64_t rows_done, int64_t j0, int64_t columns) {
-                 for (int64_t r = row; r < row + rows_done; ++r) {
-                   const int64_t b = b0 + r;
-                   const bool leaks = options.leaky() && s.linked(t, b);
-                   for_columns<C>(j0, j0 + columns, [&](int64_t j, auto lanes) {
-                     Vector<C> d = load(z[r] + j, lanes);
-                     if (leaks) d += options.rest * load(ring().row(t, b) + j, lanes);
-                     store(rows.d0.data + b * rows.d0.row + j, d, lanes);
-                   });
-                 }
-               });
+      multiply(weight_hh, H, count, arriving, nullptr, z, [&](int64_t first, int64_t last) {
+        for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
+          const int64_t b = b0 + r;
+          Vector<C> d = load(z[r] + j, lanes);
+          if (options.leaky() && s.linked(t, b))
+            d += options.rest * load(ring().row(t, b) + j, lanes);
+          store(rows.d0.data + b * rows.d0.row + j, d, lanes);
+        });
+      });
     }
   }
 
@@ -275,19 +269,16 @@ class TangentLoop {
         arriving[r] = this->arriving(t, b0 + r);
         z[r] = product.get() + (task * kBlockRows + r) * p.H;
       }
-      multiply(weight_hh(), p.H, count, arriving, nullptr, z,
-               [&](int64_t row, int64_t rows_done, int64_t j0, int64_t columns) {
-                 for (int64_t r = row; r < row + rows_done; ++r) {
-                   const int64_t b = b0 + r;
-                   for_columns<C>(j0, j0 + columns, [&](int64_t j, auto lanes) {
-                     Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
-                     if (options.leaky()) q += options.rest * load(arriving[r] + j, lanes);
-                     q += load(s.row(p.g, t, b) + j, lanes);
-                     store(s.row(p.d, t, b) + j, q, lanes);
-                     store(ring().row(t, b) + j, rounded_to<S>(q), lanes);
-                   });
-                 }
-               });
+      multiply(weight_hh(), p.H, count, arriving, nullptr, z, [&](int64_t first, int64_t last) {
+        for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
+          const int64_t b = b0 + r;
+          Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
+          if (options.leaky()) q += options.rest * load(arriving[r] + j, lanes);
+          q += load(s.row(p.g, t, b) + j, lanes);
+          store(s.row(p.d, t, b) + j, q, lanes);
+          store(ring().row(t, b) + j, rounded_to<S>(q), lanes);
+        });
+      });
     }
   }
 

@@ -230,8 +230,8 @@ struct Tiles {
   }
 };
 
-// out = init + a b for `rows` rows, K of the panels' K terms (0: out = init). after(first row,
-// rows, first column, columns) runs for every part of out, once it is done and still in the
+// out = init + a b for `rows` rows, K of the panels' K terms (0: out = init). after(first column,
+// last column) runs for every part of out, once it is done for all rows and while it is in the
 // first-level cache.
 template <class C, class After>
 void multiply(const Panels<C>& b, int64_t K, int64_t rows,
@@ -245,10 +245,10 @@ void multiply(const Panels<C>& b, int64_t K, int64_t rows,
       const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
       Tiles<C, RowPointers>::get(count, b.vectors(p), b.few_rows)(
           K, a + r, b.panel(p), init ? init + r : nullptr, out + r, j, columns);
-      if (groups > 1) after(r, count, j, columns);
     }
+    if (groups > 1) after(j, j + columns);
   }
-  if (groups == 1) after(0, rows, 0, b.N);  // a few rows are still in cache, and longer is better
+  if (groups == 1) after(0, b.N);  // a few rows are still in cache, and one long block is better
 }
 
 TORCH_BPTT_KERNELS_END
