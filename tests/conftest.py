@@ -1,9 +1,13 @@
 """What all tests share: one instruction set after another, and PyTorch's own warnings."""
 
 import pytest
+import torch
 
 
 def pytest_configure(config):
+    # Tests are small, and where the machine is busy two threads that wait for each other take
+    # several times as long as one. Tests about threads say how many they want.
+    torch.set_num_threads(1)
     # torch.func.jvp loads PyTorch's decompositions, which PyTorch itself still compiles this way.
     config.addinivalue_line(
         "filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"

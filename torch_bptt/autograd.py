@@ -200,14 +200,16 @@ def _apply(function: type[Function], *args):
     """``function.apply(*args)`` by the shortest way.
 
     ``Function.apply`` first binds args to a signature, which takes longer (0.1 ms) than a short
-    sequence does; and without derivatives there is no need of a Function.
+    sequence does; and without derivatives there is no need of a Function, except to
+    torch.jit.trace, which compares runs with and without them.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return function.apply(*args)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+    derivatives = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if not derivatives and not torch.jit.is_tracing():
         return function.forward(*args)
     return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
