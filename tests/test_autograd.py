@@ -348,6 +348,21 @@ def test_vmap_twice():
             assert_close((got[0][i, j], got[1][i, j]), expected)
 
 
+def test_vmap_of_backward_over_an_empty_f():
+    """f is empty where alpha is 1; it is mapped where forward was a call for each sample."""
+    p = problem(TINY)
+    h = reference.rnn_forward(p.x, p.h0, p.weight_ih, p.weight_hh, p.bias, activation="tanh")[0]
+    grad_h = torch.stack([p.grad_h, -2 * p.grad_h])
+
+    def grad_x(grad_h, f):
+        operands = grad_h, None, p.x, p.h0, h, f, p.weight_ih, p.weight_hh
+        wanted = [True, False, False, False, False]
+        return torch.ops.torch_bptt.rnn_backward(*operands, activation="tanh", wanted=wanted)[0]
+
+    empty = torch.empty(2, 0, dtype=h.dtype)
+    assert_close(vmap(grad_x)(grad_h, empty), torch.stack([grad_x(g, empty[0]) for g in grad_h]))
+
+
 def test_gradients_of_each_sample():
     """The per-sample gradients of the recipe for differential privacy."""
     p = problem(Case(B=4))

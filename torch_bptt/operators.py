@@ -100,7 +100,7 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     Arguments:
         name: the operator.
         rows: its arguments that hold rows of features, which the mapped dimension can join.
-        may_fold: with (the names of the mapped arguments, the options), whether one call will do.
+        may_fold: whether one call will do with these options, if nothing but rows is mapped.
     """
     op = getattr(ops, name)
     arguments = [a.name for a in op.default._schema.arguments if not a.kwarg_only]
@@ -114,11 +114,11 @@ def _register(name: str, rows: set[str], may_fold) -> None:
             raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
         if mapped <= rows | {"keep"} and may_fold(options):
             for a in rows & args.keys():
-                args[a] = (
-                    _fold(args[a], dims[a], size, -2)
-                    if args[a] is None or args[a].dim() > 1
-                    else args[a]
-                )
+                tensor, dim = args[a], dims[a]
+                if tensor is not None and tensor.dim() - (dim is not None) == 1:
+                    args[a] = tensor.new_empty((0,))  # f, empty where alpha is 1
+                else:
+                    args[a] = _fold(tensor, dim, size, -2)
             args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
             if args.get("batch_sizes") is not None:
                 args["batch_sizes"] = args["batch_sizes"] * size
