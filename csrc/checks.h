@@ -75,18 +75,20 @@ struct Sizes {
     T = batch_sizes->size(0);
     B = T > 0 ? sizes[0] : 0;
     offsets.assign(1, 0);
-    bool rows_match = true;
     for (int64_t t = 0; t < T; ++t) {
       TORCH_CHECK_VALUE(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
                         ": batch_sizes must be positive and never increase, got ", sizes[t],
                         " at step ", t, t > 0 ? " after " : "",
                         t > 0 ? std::to_string(sizes[t - 1]) : "");
-      rows_match = rows_match && sizes[t] <= data.size(0) - offsets.back();  // sums may overflow
-      offsets.push_back(rows_match ? offsets.back() + sizes[t] : data.size(0));
+      int64_t sum = 0;
+      TORCH_CHECK_VALUE(!__builtin_add_overflow(offsets.back(), sizes[t], &sum), op,
+                        ": batch_sizes must add up to the rows of ", name, ", expected ",
+                        data.size(0), ", got more than an int64 holds");
+      offsets.push_back(sum);
     }
-    rows_match = rows_match && offsets.back() == data.size(0);
-    TORCH_CHECK_VALUE(rows_match, op, ": batch_sizes must add up to the rows of ", name,
-                      ", expected ", data.size(0), ", got ", offsets.back());
+    TORCH_CHECK_VALUE(offsets.back() == data.size(0), op,
+                      ": batch_sizes must add up to the rows of ", name, ", expected ",
+                      data.size(0), ", got ", offsets.back());
     lengths.resize(B);
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = t + 1 < T ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths[b] = t + 1;

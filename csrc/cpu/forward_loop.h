@@ -75,7 +75,7 @@ class ForwardLoop {
       : p(problem),
         s(problem.schedule),
         parallel(parallel),
-        tasks(tasks_for(parallel, s.rows() * p.H * (p.H + p.I), s.B / kRowsPerTask)),
+        tasks(tasks_for(parallel, s.rows() * p.H * (p.H + p.I), s.B / kTileRows)),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
         options(p.alpha, -1),
         cell(forward_cell_of<S>(p.activation)),
@@ -91,24 +91,18 @@ class ForwardLoop {
   void run() {
     weight_ih().pack_transposed(p.weight_ih);
     weight_hh().pack_transposed(p.weight_hh);
-    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-      store(bias.get() + j, p.bias ? load(p.bias + j, lanes) : Vector<C>{}, lanes);
-      store(zeros.get() + j, Vector<C>{}, lanes);
-    });
-    if (kNarrow<S> && p.h0.data) {
-      for (int64_t b = 0; b < s.B; ++b) {
-        for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-          store(h0.get() + b * p.H + j, load(p.h0.data + b * p.h0.row + j, lanes), lanes);
-        });
-      }
-    }
+    zeros.fill_zero(p.H);
+    if (p.bias)
+      convert_row(p.bias, bias.get(), p.H);
+    else
+      bias.fill_zero(p.H);
+    for (int64_t b = 0; kNarrow<S> && p.h0.data && b < s.B; ++b)
+      convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
     for_each_task(parallel, tasks, [this](int task) { run_task(task); });
   }
 
  private:
   using C = Compute<S>;
-  // Fewer rows than this fill no tile: better on one thread.
-  static constexpr int64_t kRowsPerTask = kTileRows;
 
   Panels<C> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
   Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
@@ -193,8 +187,7 @@ class ForwardLoop {
   const C* input(int task, int slot, const S* x) const {
     if constexpr (kNarrow<S>) {
       C* wide = x_block.get() + (task * kBlockRows + slot) * p.I;
-      for_columns<C>(0, p.I,
-                     [&](int64_t j, auto lanes) { store(wide + j, load(x + j, lanes), lanes); });
+      convert_row(x, wide, p.I);
       return wide;
     } else {
       return x;

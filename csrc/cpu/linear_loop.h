@@ -106,8 +106,7 @@ class AdjointLoop {
         states(options.leaky() ? 2 * s.B * H : 0),
         zeros(H),
         d0_block(tasks * kBlockRows * H) {
-    for_columns<C>(0, H,
-                   [&](int64_t j, auto lanes) { store(zeros.get() + j, Vector<C>{}, lanes); });
+    zeros.fill_zero(H);
   }
 
   // The next chunk in the order of the adjoint; false when all steps are done.
@@ -243,13 +242,9 @@ class TangentLoop {
 
   void run() {
     weight_hh().pack_transposed(p.weight_hh);
-    for_columns<C>(0, p.H,
-                   [&](int64_t j, auto lanes) { store(zeros.get() + j, Vector<C>{}, lanes); });
-    for (int64_t b = 0; p.d0_in.data && b < s.B; ++b) {
-      for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-        store(q0.get() + b * p.H + j, load(p.d0_in.data + b * p.d0_in.row + j, lanes), lanes);
-      });
-    }
+    zeros.fill_zero(p.H);
+    for (int64_t b = 0; p.d0_in.data && b < s.B; ++b)
+      convert_row(p.d0_in.data + b * p.d0_in.row, q0.get() + b * p.H, p.H);
     for_each_task(parallel, tasks, [this](int task) {
       const RowRange range = rows_of_task(s, task, tasks);
       for (int64_t i = 0; i < s.T; ++i) step(task, s.step(i), range);

@@ -55,7 +55,6 @@ using Compute = typename compute_type<S>::type;
 template <class S>
 constexpr bool kNarrow = sizeof(S) < sizeof(float);
 
-using Bits32 = vector_of<float>::bits;
 using UBits32 = vector_of<float>::unsigned_bits;
 typedef uint16_t Bits16 __attribute__((vector_size(TORCH_BPTT_VECTOR_BYTES / 2)));
 
@@ -154,6 +153,13 @@ TORCH_BPTT_INLINE void for_columns(int64_t begin, int64_t end, Body body) {
   int64_t j = begin;
   for (; j + kLanes<C> <= end; j += kLanes<C>) body(j, Whole{});
   if (j < end) body(j, Part{int(end - j)});
+}
+
+// to[0..count) = from[0..count), widened or rounded where the types differ.
+template <class From, class To>
+TORCH_BPTT_INLINE void convert_row(const From* from, To* to, int64_t count) {
+  for_columns<Compute<From>>(
+      0, count, [&](int64_t j, auto lanes) { store(to + j, load(from + j, lanes), lanes); });
 }
 
 // body(r, j, lanes) for rows [0, rows) and columns [begin, end). One loop, not two: the constants

@@ -5,8 +5,6 @@
 // the register tile reads: p and x into panels, du into groups of kTileRows columns side by side.
 #pragma once
 
-#include <cstring>
-
 #include "matmul.h"
 
 TORCH_BPTT_KERNELS_BEGIN
@@ -29,7 +27,7 @@ class WeightGradients {
         bias_sum(p.grad_bias ? p.H : 0),
         bias_total(p.grad_bias ? p.H : 0),
         zeros(p.H) {
-    std::memset(zeros.get(), 0, uint64_t(p.H) * sizeof(S));
+    zeros.fill_zero(p.H);
   }
 
   // Adds the rows of a chunk; du (rows, H).
@@ -52,10 +50,10 @@ class WeightGradients {
   // Rounds the sums of the narrow types into the outputs.
   void finish() const {
     if constexpr (kNarrow<S>) {
-      if (p.grad_weight_hh) copy(wide_hh.get(), p.grad_weight_hh, p.H * p.H);
-      if (p.grad_weight_ih) copy(wide_ih.get(), p.grad_weight_ih, p.H * p.I);
+      if (p.grad_weight_hh) convert_row(wide_hh.get(), p.grad_weight_hh, p.H * p.H);
+      if (p.grad_weight_ih) convert_row(wide_ih.get(), p.grad_weight_ih, p.H * p.I);
     }
-    if (p.grad_bias) copy(bias_total.get(), p.grad_bias, p.H);
+    if (p.grad_bias) convert_row(bias_total.get(), p.grad_bias, p.H);
   }
 
  private:
@@ -66,7 +64,7 @@ class WeightGradients {
 
   void add_bias(const C* du, int64_t rows) {
     C* sum = bias_sum.get();
-    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) { store(sum + j, Vector<C>{}, lanes); });
+    bias_sum.fill_zero(p.H);
     for (int64_t r = 0; r < rows; ++r) {
       for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
         store(sum + j, load(sum + j, lanes) + load(du + r * p.H + j, lanes), lanes);
@@ -141,11 +139,6 @@ class WeightGradients {
       return wide.get();
     else
       return output;
-  }
-
-  static void copy(const C* from, S* to, int64_t count) {
-    for_columns<C>(0, count,
-                   [&](int64_t j, auto lanes) { store(to + j, load(from + j, lanes), lanes); });
   }
 
   const BackwardProblem<S>& p;

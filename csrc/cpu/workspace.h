@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 #include "simd.h"
@@ -20,6 +21,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   C* get() const { return data_; }
+  void fill_zero(int64_t count) const { std::memset(data_, 0, uint64_t(count) * sizeof(C)); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
@@ -40,6 +42,7 @@ void for_each_task(const Parallel& parallel, int tasks, Body body) {
 // about 5 us.
 constexpr int64_t kWorkPerTask = 250'000;
 
+// How many tasks `work` is worth, at most one for each of its `units`, the least that fills a tile.
 TORCH_BPTT_INLINE int tasks_for(const Parallel& parallel, int64_t work, int64_t units) {
   return int(larger(1, smaller(parallel.threads, smaller(units, work / kWorkPerTask))));
 }
