@@ -4,7 +4,9 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <omp.h>
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 
@@ -111,13 +113,16 @@ struct ScheduleOf {
   }
 };
 
-// PyTorch's own threads. Inside a parallel region of the caller's there is only the calling one.
+// PyTorch's own threads, all running at once. Inside a parallel region of the caller's there is only
+// the calling one. No num_threads clause: GOMP would end and start threads whenever it changes.
 inline Parallel torch_threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
-          [](int tasks, void (*task)(void*, int), void* context) {
-            at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(context, int(i));
-            });
+          [](int threads, void (*task)(void*, int, int), void* context) {
+#pragma omp parallel
+            {
+              const int count = std::min(threads, omp_get_num_threads());
+              if (omp_get_thread_num() < count) task(context, omp_get_thread_num(), count);
+            }
           }};
 }
 

@@ -84,10 +84,13 @@ struct Schedule {
   }
 };
 
-// Runs task(context, 0..tasks-1), possibly at the same time; returns when all are done.
+// Threads to share work. run() calls task(context, i, n) for i in [0, n), all n at the same time, so
+// that they can wait for one another; n is `threads`, or less where the system gives less. It
+// returns when all are done.
 struct Parallel {
   int threads = 1;
-  void (*run)(int tasks, void (*task)(void* context, int index), void* context) = nullptr;
+  void (*run)(int threads, void (*task)(void* context, int index, int count),
+              void* context) = nullptr;
 };
 
 // h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + bias + p_t W_hh^T),   p_t the state that arrives at

@@ -18,71 +18,95 @@ class BackwardLoop {
         s(problem.schedule),
         parallel(parallel),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
-        tasks(tasks_for(parallel, chunk_rows * p.H * p.I, chunk_rows / kBlockRows)),
-        panels_hh(Panels<C>::size(p.H, p.H)),
-        panels_ih(p.grad_x.data ? Panels<C>::size(p.H, p.I) : 0),
-        grad_x_block(kNarrow<S> && p.grad_x.data ? tasks * kBlockRows * p.I : 0) {}
+        cut(cut_steps<C>(parallel, s, p.H, 2 * s.rows() * p.H * (p.H + p.I))),
+        panels_hh(Panels<P>::size(p.H, p.H)),
+        panels_ih(p.grad_x.data ? Panels<P>::size(p.H, p.I) : 0),
+        grad_x_block(kNarrow<S> && p.grad_x.data ? cut.threads * kBlockRows * p.I : 0),
+        adjoint(s, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell_of<S>(p.activation),
+                {p.grad_h, p.grad_h_n, p.f, {}, p.grad_h0}, weight_hh(), chunk_rows, cut),
+        weights(p, chunk_rows) {}
 
   void run() {
-    weight_hh().pack(p.weight_hh);
-    if (p.grad_x.data) weight_ih().pack(p.weight_ih);
-    AdjointLoop<S> adjoint(
-        s, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell_of<S>(p.activation),
-        {p.grad_h, p.grad_h_n, p.f, {}, p.grad_h0}, weight_hh(), chunk_rows, parallel);
-    WeightGradients<S> weights(p, chunk_rows, parallel);
-    while (adjoint.next()) {
-      if (p.grad_x.data) input_gradient(adjoint.chunk(), adjoint.chunk_du());
-      weights.add(adjoint.chunk(), adjoint.chunk_du());
-    }
+    run_team(parallel, cut.threads, [this](const Team& team) { run_thread(team); });
     weights.finish();
   }
 
  private:
   using C = Compute<S>;
+  using P = Operand<S>;
 
-  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
-  Panels<C> weight_ih() const { return {panels_ih.get(), p.H, p.I}; }
+  Panels<P> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
+  Panels<P> weight_ih() const { return {panels_ih.get(), p.H, p.I}; }
 
-  // dx = du W_ih for the rows of a chunk, its steps shared among the tasks.
-  void input_gradient(const Chunk& chunk, const C* chunk_du) {
-    for_each_task(parallel, tasks, [&](int task) {
-      const int64_t steps = chunk.t1 - chunk.t0;
-      const C* du[kBlockRows];
-      S* grad_x[kBlockRows];
-      C* out[kBlockRows];
-      int rows = 0;
-      const auto flush = [&] {
-        multiply(weight_ih(), p.H, rows, du, nullptr, out, [&](int64_t first, int64_t last) {
-          if constexpr (kNarrow<S>) {
-            for_block<C>(rows, first, last, [&](int64_t r, int64_t j, auto lanes) {
-              store(grad_x[r] + j, load(out[r] + j, lanes), lanes);
-            });
-          }
-        });
-        rows = 0;
-      };
-      for (int64_t t = chunk.t0 + steps * task / tasks; t < chunk.t0 + steps * (task + 1) / tasks;
-           ++t) {
-        for (int64_t b = 0; b < s.rows_at(t); ++b) {
-          du[rows] = chunk_du + (s.offset(t) - s.offset(chunk.t0) + b) * p.H;
-          grad_x[rows] = s.row(p.grad_x, t, b);
-          if constexpr (kNarrow<S>)
-            out[rows] = grad_x_block.get() + (task * kBlockRows + rows) * p.I;
-          else
-            out[rows] = grad_x[rows];
-          if (++rows == kBlockRows) flush();
-        }
+  void run_thread(const Team& team) {
+    pack(weight_hh(), p.weight_hh, team);
+    if (p.grad_x.data) pack(weight_ih(), p.weight_ih, team);
+    team.wait();
+    const Share share = share_of<C>(cut, s, p.H, team);
+    AdjointWalk walk(s, chunk_rows);
+    while (walk.next()) {
+      adjoint.run(walk, share, team);
+      const P* du = adjoint.chunk_du(walk);
+      if (p.grad_x.data) input_gradient(walk.chunk(), du, share, team);
+      if (!weights.wanted()) continue;
+      team.wait();
+      weights.pack(walk.chunk(), du, team);
+      team.wait();
+      weights.add(walk.rows(), du, walk.first(), team);
+    }
+  }
+
+  // dx = du W_ih for the rows of a chunk that are the thread's own; a share of its steps where the
+  // thread has columns of all rows.
+  void input_gradient(const Chunk& chunk, const P* chunk_du, const Share& share, const Team& team) {
+    const Range steps = cut.columns ? team.share(chunk.t1 - chunk.t0) : Range{0, chunk.t1 - chunk.t0};
+    const P* du[kBlockRows];
+    S* grad_x[kBlockRows];
+    const S* x[kBlockRows];
+    C* out[kBlockRows];
+    int rows = 0;
+    const auto flush = [&] {
+      multiply(
+          weight_ih(), 0, p.I, p.H, rows, du, nullptr, out,
+          [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
+            for (; r < end; ++r) {
+              lines.add(x[r], j, j_end);  // for the gradient of W_ih, which comes next
+              lines.add(grad_x[r], j, j_end);
+            }
+          },
+          [&](int64_t first, int64_t last) {
+            if constexpr (kNarrow<S>) {
+              for_block<C>(rows, first, last, [&](int64_t r, int64_t j, auto lanes) {
+                store(grad_x[r] + j, load(out[r] + j, lanes), lanes);
+              });
+            }
+          });
+      rows = 0;
+    };
+    for (int64_t t = chunk.t0 + steps.begin; t < chunk.t0 + steps.end; ++t) {
+      for (int64_t b = share.rows.begin; b < smaller(share.rows.end, s.rows_at(t)); ++b) {
+        du[rows] = chunk_du + (s.offset(t) - s.offset(chunk.t0) + b) * p.H;
+        x[rows] = s.row(p.x, t, b);
+        grad_x[rows] = s.row(p.grad_x, t, b);
+        if constexpr (kNarrow<S>)
+          out[rows] = grad_x_block.get() + (team.index * kBlockRows + rows) * p.I;
+        else
+          out[rows] = grad_x[rows];
+        if (++rows == kBlockRows) flush();
       }
-      flush();
-    });
+    }
+    flush();
   }
 
   const BackwardProblem<S>& p;
   const Schedule& s;
   const Parallel& parallel;
   const int64_t chunk_rows;
-  const int tasks;
-  Buffer<C> panels_hh, panels_ih, grad_x_block;
+  const Cut cut;
+  Buffer<typename Product<P>::Unit> panels_hh, panels_ih;
+  Buffer<C> grad_x_block;
+  AdjointLoop<S> adjoint;
+  WeightGradients<S> weights;
 };
 
 template <class S>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/cell.h"
-#include "matmul.h"
+#include "team.h"
 #include "vector_math.h"
 
 TORCH_BPTT_KERNELS_BEGIN
@@ -11,11 +11,11 @@ TORCH_BPTT_KERNELS_BEGIN
 template <class S>
 struct ForwardBlock {
   using C = Compute<S>;
-  const C* arriving[kBlockRows];  // p_t
-  C* z[kBlockRows];               // u_t, then z_t; for float and double the row of h itself
+  const Operand<S>* arriving[kBlockRows];  // p_t
+  C* z[kBlockRows];                        // u_t, then z_t; the row of h itself but for narrow types
   S* h[kBlockRows];
   S* f[kBlockRows];      // leaky only
-  C* state[kBlockRows];  // narrow types only: h_t as it was rounded, ready for the next product
+  C* state[kBlockRows];  // converted types only: h_t as it was rounded, ready for the next product
 };
 
 // z -> h for columns [begin, end) of the block's rows.
@@ -35,7 +35,7 @@ void forward_cell(const ForwardBlock<S>& block, int64_t rows, int64_t begin, int
       h = leak(load(block.arriving[r] + j, lanes), h, options);
     }
     store(block.h[r] + j, h, lanes);
-    if constexpr (kNarrow<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
+    if constexpr (kConverted<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
   });
 }
 
@@ -53,14 +53,15 @@ ForwardCell<S> forward_cell_of(Activation activation) {
 
 // Copies rows that have no step after t to h_n.
 template <class S>
-void keep_final(const Schedule& s, int64_t t, RowRange range, const Rows<S>& h, S* h_n, int64_t H) {
-  for (int64_t b = larger(range.begin, s.rows_continuing(t)); b < smaller(range.end, s.rows_at(t));
-       ++b)
-    __builtin_memcpy(h_n + b * H, s.row(h, t, b), uint64_t(H) * sizeof(S));
+void keep_final(const Schedule& s, int64_t t, const Share& share, const Rows<S>& h, S* h_n,
+                int64_t H) {
+  const int64_t end = smaller(share.rows.end, s.rows_at(t));
+  for (int64_t b = larger(share.rows.begin, s.rows_continuing(t)); b < end; ++b)
+    __builtin_memcpy(h_n + b * H + share.columns.begin, s.row(h, t, b) + share.columns.begin,
+                     uint64_t(share.columns.end - share.columns.begin) * sizeof(S));
 }
 
-// The states of the narrow types in float32, for the current step and the one before; float and
-// double read h itself.
+// The states of converted types, for the current step and the one before; the others read h itself.
 template <class C>
 struct StateRing {
   C* data;
@@ -75,101 +76,112 @@ class ForwardLoop {
       : p(problem),
         s(problem.schedule),
         parallel(parallel),
-        tasks(tasks_for(parallel, s.rows() * p.H * (p.H + p.I), s.B / kTileRows)),
+        cut(cut_steps<C>(parallel, s, p.H, s.rows() * p.H * (p.H + p.I))),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
         options(p.alpha, -1),
         cell(forward_cell_of<S>(p.activation)),
-        panels_ih(Panels<C>::size(p.I, p.H)),
-        panels_hh(Panels<C>::size(p.H, p.H)),
+        panels_ih(Panels<P>::size(p.I, p.H)),
+        panels_hh(Panels<P>::size(p.H, p.H)),
         bias(p.H),
         zeros(p.H),
-        h0(kNarrow<S> ? s.B * p.H : 0),
-        states(kNarrow<S> ? 2 * s.B * p.H : 0),
-        drive(kNarrow<S> ? tasks * chunk_rows * p.H : 0),
-        x_block(kNarrow<S> ? tasks * kBlockRows * p.I : 0) {}
+        h0(kConverted<S> ? s.B * p.H : 0),
+        states(kConverted<S> ? 2 * s.B * p.H : 0),
+        drive(kNarrow<S> ? cut.threads * chunk_rows * p.H : 0),
+        x_block(kConverted<S> ? cut.threads * kBlockRows * p.I : 0) {}
 
   void run() {
-    weight_ih().pack_transposed(p.weight_ih);
-    weight_hh().pack_transposed(p.weight_hh);
     zeros.fill_zero(p.H);
     if (p.bias)
       convert_row(p.bias, bias.get(), p.H);
     else
       bias.fill_zero(p.H);
-    for (int64_t b = 0; kNarrow<S> && p.h0.data && b < s.B; ++b)
-      convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
-    for_each_task(parallel, tasks, [this](int task) { run_task(task); });
+    if constexpr (kConverted<S>)
+      for (int64_t b = 0; p.h0.data && b < s.B; ++b)
+        convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
+    run_team(parallel, cut.threads, [this](const Team& team) { run_thread(team); });
   }
 
  private:
   using C = Compute<S>;
+  using P = Operand<S>;
 
-  Panels<C> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
-  Panels<C> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
+  Panels<P> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
+  Panels<P> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
 
-  // All steps of the task's own batch rows; tasks never wait for each other.
-  void run_task(int task) {
-    const RowRange range = rows_of_task(s, task, tasks);
+  void run_thread(const Team& team) {
+    pack_transposed(weight_ih(), p.weight_ih, team);
+    pack_transposed(weight_hh(), p.weight_hh, team);
+    team.wait();
+    const Share share = share_of<C>(cut, s, p.H, team);
     for (int64_t done = 0; done < s.T;) {
       const Chunk chunk =
           s.reverse ? chunk_until(s, s.T - done, chunk_rows) : chunk_from(s, done, chunk_rows);
-      project(task, chunk, range);
-      for (int64_t i = done; i < done + chunk.t1 - chunk.t0; ++i)
-        step(task, chunk, s.step(i), range);
+      project(team, chunk, share);
+      for (int64_t i = done; i < done + chunk.t1 - chunk.t0; ++i) {
+        step(team, chunk, s.step(i), share);
+        if (cut.columns) team.wait();
+      }
       done += chunk.t1 - chunk.t0;
     }
   }
 
   // u = x W_ih^T + bias for the rows of a chunk.
-  void project(int task, const Chunk& chunk, RowRange range) {
-    const C* x[kBlockRows];
+  void project(const Team& team, const Chunk& chunk, const Share& share) {
+    const P* x[kBlockRows];
     const C* init[kBlockRows];
     C* u[kBlockRows];
     int rows = 0;
     const auto flush = [&] {
-      multiply(weight_ih(), p.I, rows, x, init, u, [](int64_t, int64_t) {});
+      multiply(
+          weight_ih(), share.columns.begin, share.columns.end, p.I, rows, x, init, u,
+          [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
+            for (; r < end; ++r) lines.add(u[r], j, j_end);
+          },
+          [](int64_t, int64_t) {});
       rows = 0;
     };
     for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
-      for (int64_t b = range.begin; b < smaller(range.end, s.rows_at(t)); ++b) {
-        x[rows] = input(task, rows, s.row(p.x, t, b));
+      for (int64_t b = share.rows.begin; b < smaller(share.rows.end, s.rows_at(t)); ++b) {
+        x[rows] = input(team, rows, s.row(p.x, t, b));
         init[rows] = bias.get();
-        u[rows] = drive_row(task, chunk, t, b);
+        u[rows] = drive_row(team, chunk, t, b);
         if (++rows == kBlockRows) flush();
       }
     }
     flush();
   }
 
-  // h_t of the task's rows.
-  void step(int task, const Chunk& chunk, int64_t t, RowRange range) {
-    const int64_t end = smaller(range.end, s.rows_at(t));
+  // h_t of the thread's share.
+  void step(const Team& team, const Chunk& chunk, int64_t t, const Share& share) {
+    const int64_t end = smaller(share.rows.end, s.rows_at(t));
     ForwardBlock<S> block;
-    for (int64_t b0 = range.begin; b0 < end; b0 += kBlockRows) {
+    for (int64_t b0 = share.rows.begin; b0 < end; b0 += kBlockRows) {
       const int64_t rows = smaller(kBlockRows, end - b0);
       for (int64_t r = 0; r < rows; ++r) {
         block.arriving[r] = arriving(t, b0 + r);
-        block.z[r] = drive_row(task, chunk, t, b0 + r);
+        block.z[r] = drive_row(team, chunk, t, b0 + r);
         block.h[r] = s.row(p.h, t, b0 + r);
         if (options.leaky()) block.f[r] = s.row(p.f, t, b0 + r);
-        if constexpr (kNarrow<S>) block.state[r] = ring().row(t, b0 + r);
+        if constexpr (kConverted<S>) block.state[r] = ring().row(t, b0 + r);
       }
-      multiply(weight_hh(), p.H, rows, block.arriving, block.z, block.z,
-               [&](int64_t begin, int64_t last) { cell(block, rows, begin, last, options); });
+      multiply(
+          weight_hh(), share.columns.begin, share.columns.end, p.H, rows, block.arriving, block.z,
+          block.z, [](auto&&...) {},
+          [&](int64_t j, int64_t j_end) { cell(block, rows, j, j_end, options); });
     }
-    keep_final(s, t, range, p.h, p.h_n, p.H);
+    keep_final(s, t, share, p.h, p.h_n, p.H);
   }
 
-  const C* arriving(int64_t t, int64_t b) const {
+  const P* arriving(int64_t t, int64_t b) const {
     if (!s.kept(t, b)) return zeros.get();
     if (b >= s.rows_continued(t)) {
       if (!p.h0.data) return zeros.get();
-      if constexpr (kNarrow<S>)
+      if constexpr (kConverted<S>)
         return h0.get() + b * p.H;
       else
         return p.h0.data + b * p.h0.row;
     }
-    if constexpr (kNarrow<S>)
+    if constexpr (kConverted<S>)
       return ring().row(s.before(t), b);
     else
       return s.row(p.h, s.before(t), b);
@@ -177,16 +189,16 @@ class ForwardLoop {
 
   // Where u_t goes: into h itself, or for the narrow types into float32 scratch that lasts for one
   // chunk.
-  C* drive_row(int task, const Chunk& chunk, int64_t t, int64_t b) const {
+  C* drive_row(const Team& team, const Chunk& chunk, int64_t t, int64_t b) const {
     if constexpr (kNarrow<S>)
-      return drive.get() + (task * chunk_rows + s.offset(t) - s.offset(chunk.t0) + b) * p.H;
+      return drive.get() + (team.index * chunk_rows + s.offset(t) - s.offset(chunk.t0) + b) * p.H;
     else
       return s.row(p.h, t, b);
   }
 
-  const C* input(int task, int slot, const S* x) const {
-    if constexpr (kNarrow<S>) {
-      C* wide = x_block.get() + (task * kBlockRows + slot) * p.I;
+  const P* input(const Team& team, int slot, const S* x) const {
+    if constexpr (kConverted<S>) {
+      P* wide = x_block.get() + (team.index * kBlockRows + slot) * p.I;
       convert_row(x, wide, p.I);
       return wide;
     } else {
@@ -194,16 +206,20 @@ class ForwardLoop {
     }
   }
 
-  StateRing<C> ring() const { return {states.get(), s.B, p.H}; }
+  StateRing<P> ring() const { return {states.get(), s.B, p.H}; }
 
   const ForwardProblem<S>& p;
   const Schedule& s;
   const Parallel& parallel;
-  const int tasks;
+  const Cut cut;
   const int64_t chunk_rows;
   const StepOptions<C> options;
   const ForwardCell<S> cell;
-  Buffer<C> panels_ih, panels_hh, bias, zeros, h0, states, drive, x_block;
+  Buffer<typename Product<P>::Unit> panels_ih, panels_hh;
+  Buffer<C> bias;
+  Buffer<P> zeros, h0, states;
+  Buffer<C> drive;
+  Buffer<P> x_block;
 };
 
 template <class S>

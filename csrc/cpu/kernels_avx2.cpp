@@ -1,8 +1,11 @@
 // AVX2 and FMA: Intel since Haswell (2013), AMD since Excavator (2015).
 #if defined(__x86_64__)
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <thread>
+#include <type_traits>
 
 #include "kernels.h"
 

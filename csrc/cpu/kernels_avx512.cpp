@@ -1,8 +1,11 @@
 // AVX-512 as in Skylake-SP (2017) and Zen 4 (2022).
 #if defined(__x86_64__)
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <thread>
+#include <type_traits>
 
 #include "kernels.h"
 

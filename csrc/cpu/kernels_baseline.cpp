@@ -1,7 +1,10 @@
 // The instructions every processor of the platform has (SSE2 on x86-64, NEON on AArch64).
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <thread>
+#include <type_traits>
 
 #include "kernels.h"
 

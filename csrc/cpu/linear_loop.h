@@ -7,7 +7,6 @@
 
 #include "../core/cell.h"
 #include "forward_loop.h"
-#include "matmul.h"
 
 TORCH_BPTT_KERNELS_BEGIN
 
@@ -18,8 +17,10 @@ TORCH_BPTT_KERNELS_BEGIN
 template <class S>
 struct AdjointBlock {
   using C = Compute<S>;
-  const C* arriving[kBlockRows];  // du_{t+1} = gate_{t+1} d_{t+1}, zeros where the link is cut
-  C* du[kBlockRows];              // du_{t+1} W_hh, then du_t
+  using P = Operand<S>;
+  const P* arriving[kBlockRows];  // du_{t+1} = gate_{t+1} d_{t+1}, zeros where the link is cut
+  C* product[kBlockRows];         // du_{t+1} W_hh; du_t itself where that is of the same type
+  P* du[kBlockRows];              // du_t
   const C* d_next[kBlockRows];    // d_{t+1}, leaky only
   C* d[kBlockRows];               // d_t for the next step, leaky only
   const S* g[kBlockRows];         // null: zeros
@@ -53,7 +54,7 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
   using C = Compute<S>;
   const bool leaky = options.leaky();
   for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
-    Vector<C> d = load(block.du[r] + j, lanes);
+    Vector<C> d = load(block.product[r] + j, lanes);
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
     if (leaky) d += options.rest * load(block.d_next[r] + j, lanes);
@@ -84,72 +85,110 @@ struct AdjointRows {
   Rows<S> d0;  // null: not wanted
 };
 
-// Walks a chunk of steps at a time, so that the caller can use the chunk's du_t while they are in
-// cache. du of two chunks exist at any time: the current one and the one processed before it, whose
-// edge the current one starts from.
+// Chunks of steps in the order of the adjoint. du of two chunks exist at any time: the current one
+// and the one processed before it, whose edge the current one starts from.
+class AdjointWalk {
+ public:
+  AdjointWalk(const Schedule& s, int64_t chunk_rows) : s(s), chunk_rows(chunk_rows) {}
+
+  // The next chunk; false when all steps are done.
+  bool next() {
+    done += current.t1 - current.t0;
+    if (done == s.T) return false;
+    previous = current;
+    parity ^= 1;
+    current = s.reverse ? chunk_from(s, done, chunk_rows) : chunk_until(s, s.T - done, chunk_rows);
+    return true;
+  }
+
+  const Chunk& chunk() const { return current; }
+  bool first() const { return done == 0; }
+  // The i-th step of the chunk in processing order.
+  int64_t step(int64_t i) const { return s.step(s.T - 1 - done - i); }
+  int64_t steps() const { return current.t1 - current.t0; }
+  int64_t rows() const { return s.offset(current.t1) - s.offset(current.t0); }
+
+  // Where the rows of the chunk begin among those of two chunks.
+  int64_t first_slot() const { return parity * chunk_rows; }
+  // The place of row b of a step of this chunk or of the one before.
+  int64_t slot(int64_t t, int64_t b) const {
+    const bool now = t >= current.t0 && t < current.t1;
+    const int64_t first = s.offset(now ? current.t0 : previous.t0);
+    return (now ? parity : parity ^ 1) * chunk_rows + s.offset(t) - first + b;
+  }
+
+ private:
+  const Schedule& s;
+  const int64_t chunk_rows;
+  Chunk current{0, 0}, previous{0, 0};
+  int parity = 0;
+  int64_t done = 0;
+};
+
+// A chunk of steps at a time, so that the caller can use the chunk's du_t while they are in cache.
 template <class S>
 class AdjointLoop {
  public:
+  using P = Operand<S>;
+
   AdjointLoop(const Schedule& s, int64_t H, const StepOptions<Compute<S>>& options,
-              AdjointCell<S> cell, const AdjointRows<S>& rows, const Panels<Compute<S>>& weight_hh,
-              int64_t chunk_rows, const Parallel& parallel)
+              AdjointCell<S> cell, const AdjointRows<S>& rows, const Panels<P>& weight_hh,
+              int64_t chunk_rows, const Cut& cut)
       : s(s),
         H(H),
         options(options),
         cell(cell),
         rows(rows),
         weight_hh(weight_hh),
-        chunk_rows(chunk_rows),
-        parallel(parallel),
-        tasks(tasks_for(parallel, chunk_rows * H * H, s.B / kTileRows)),
+        cut(cut),
         du(2 * chunk_rows * H),
         states(options.leaky() ? 2 * s.B * H : 0),
         zeros(H),
-        d0_block(tasks * kBlockRows * H) {
+        products(cut.threads * kBlockRows * H) {
     zeros.fill_zero(H);
   }
 
-  // The next chunk in the order of the adjoint; false when all steps are done.
-  bool next() {
-    if (done == s.T) return false;
-    previous = current;
-    parity ^= 1;
-    current = s.reverse ? chunk_from(s, done, chunk_rows) : chunk_until(s, s.T - done, chunk_rows);
-    for_each_task(parallel, tasks, [this](int task) {
-      const RowRange range = rows_of_task(s, task, tasks);
-      for (int64_t i = done; i < done + current.t1 - current.t0; ++i)
-        step(task, s.step(s.T - 1 - i), range);
-    });
-    done += current.t1 - current.t0;
-    return true;
+  // The thread's share of the walk's chunk; the whole of it where columns are cut.
+  void run(const AdjointWalk& walk, const Share& share, const Team& team) {
+    for (int64_t i = 0; i < walk.steps(); ++i) {
+      step(walk, walk.step(i), share, team);
+      if (cut.columns) team.wait();
+    }
   }
 
-  const Chunk& chunk() const { return current; }
-  // du of the current chunk: one row of H for each of its rows, in memory order of a packed
-  // sequence.
-  const Compute<S>* chunk_du() const { return du.get() + parity * chunk_rows * H; }
+  // du of the walk's chunk: one row of H for each of its rows, in memory order of a packed sequence.
+  const P* chunk_du(const AdjointWalk& walk) const { return du.get() + walk.first_slot() * H; }
 
  private:
   using C = Compute<S>;
 
-  void step(int task, int64_t t, RowRange range) {
-    const int64_t end = smaller(range.end, s.rows_at(t)),
+  void step(const AdjointWalk& walk, int64_t t, const Share& share, const Team& team) {
+    const int64_t begin = share.rows.begin, end = smaller(share.rows.end, s.rows_at(t)),
                   continuing = smaller(end, s.rows_continuing(t));
-    step_rows(t, range.begin, continuing, H);
-    step_rows(t, larger(range.begin, continuing), end,
-              0);  // the rows' last step: nothing comes back from later
-    if (rows.d0.data) before_first(task, t, larger(range.begin, s.rows_continued(t)), end);
+    step_rows(walk, t, {begin, continuing}, share.columns, H, team);
+    // The rows' last step: nothing comes back from later.
+    step_rows(walk, t, {larger(begin, continuing), end}, share.columns, 0, team);
+    if (!rows.d0.data) return;
+    const Range first{larger(begin, s.rows_continued(t)), end};
+    if (first.begin >= first.end) return;
+    if (cut.columns) team.wait();
+    before_first(walk, t, first, share.columns, team);
   }
 
-  void step_rows(int64_t t, int64_t begin, int64_t end, int64_t K) {
+  void step_rows(const AdjointWalk& walk, int64_t t, Range range, Range columns, int64_t K,
+                 const Team& team) {
     AdjointBlock<S> block;
-    for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-      const int64_t count = smaller(kBlockRows, end - b0);
+    for (int64_t b0 = range.begin; b0 < range.end; b0 += kBlockRows) {
+      const int64_t count = smaller(kBlockRows, range.end - b0);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t b = b0 + r, next = s.after(t);
         const bool linked = K > 0 && s.linked(next, b);
-        block.arriving[r] = linked ? du_row(next, b) : zeros.get();
-        block.du[r] = du_row(t, b);
+        block.arriving[r] = linked ? du_row(walk, next, b) : zero_row();
+        block.du[r] = du_row(walk, t, b);
+        if constexpr (std::is_same_v<P, C>)
+          block.product[r] = block.du[r];
+        else
+          block.product[r] = product_row(team, r);
         block.g[r] = rows.g.data ? s.row(rows.g, t, b) : nullptr;
         block.g_n[r] = K == 0 && rows.g_n.data ? rows.g_n.data + b * rows.g_n.row : nullptr;
         block.y[r] = s.row(rows.y, t, b);
@@ -159,38 +198,50 @@ class AdjointLoop {
           block.d[r] = ring().row(t, b);
         }
       }
-      multiply(weight_hh, K, count, block.arriving, nullptr, block.du,
-               [&](int64_t j, int64_t last) { cell(block, count, j, last, options); });
+      multiply(
+          weight_hh, columns.begin, columns.end, K, count, block.arriving, nullptr, block.product,
+          [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
+            for (; r < end; ++r) {
+              if (block.g[r]) lines.add(block.g[r], j, j_end);
+              lines.add(block.y[r], j, j_end);
+            }
+          },
+          [&](int64_t j, int64_t j_end) { cell(block, count, j, j_end, options); });
     }
   }
 
   // d_{-1} for rows whose first step is t: the recursion once more, without g and without the
   // clamp.
-  void before_first(int task, int64_t t, int64_t begin, int64_t end) {
-    const C* arriving[kBlockRows];
+  void before_first(const AdjointWalk& walk, int64_t t, Range range, Range columns,
+                    const Team& team) {
+    const P* arriving[kBlockRows];
     C* z[kBlockRows];
-    for (int64_t b0 = begin; b0 < end; b0 += kBlockRows) {
-      const int64_t count = smaller(kBlockRows, end - b0);
+    for (int64_t b0 = range.begin; b0 < range.end; b0 += kBlockRows) {
+      const int64_t count = smaller(kBlockRows, range.end - b0);
       for (int64_t r = 0; r < count; ++r) {
-        arriving[r] = s.linked(t, b0 + r) ? du_row(t, b0 + r) : zeros.get();
-        z[r] = d0_block.get() + (task * kBlockRows + r) * H;
+        arriving[r] = s.linked(t, b0 + r) ? du_row(walk, t, b0 + r) : zero_row();
+        z[r] = product_row(team, r);
       }
-      multiply(weight_hh, H, count, arriving, nullptr, z, [&](int64_t first, int64_t last) {
-        for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
-          const int64_t b = b0 + r;
-          Vector<C> d = load(z[r] + j, lanes);
-          if (options.leaky() && s.linked(t, b))
-            d += options.rest * load(ring().row(t, b) + j, lanes);
-          store(rows.d0.data + b * rows.d0.row + j, d, lanes);
-        });
-      });
+      multiply(
+          weight_hh, columns.begin, columns.end, H, count, arriving, nullptr, z, [](auto&&...) {},
+          [&](int64_t first, int64_t last) {
+            for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
+              const int64_t b = b0 + r;
+              Vector<C> d = load(z[r] + j, lanes);
+              if (options.leaky() && s.linked(t, b))
+                d += options.rest * load(ring().row(t, b) + j, lanes);
+              store(rows.d0.data + b * rows.d0.row + j, d, lanes);
+            });
+          });
     }
   }
 
-  C* du_row(int64_t t, int64_t b) const {
-    const bool now = t >= current.t0 && t < current.t1;
-    const int64_t first = s.offset(now ? current.t0 : previous.t0);
-    return du.get() + ((now ? parity : parity ^ 1) * chunk_rows + s.offset(t) - first + b) * H;
+  P* du_row(const AdjointWalk& walk, int64_t t, int64_t b) const {
+    return du.get() + walk.slot(t, b) * H;
+  }
+  const P* zero_row() const { return reinterpret_cast<const P*>(zeros.get()); }  // all bits zero
+  C* product_row(const Team& team, int64_t r) const {
+    return products.get() + (team.index * kBlockRows + r) * H;
   }
   StateRing<C> ring() const { return {states.get(), s.B, H}; }
 
@@ -199,27 +250,32 @@ class AdjointLoop {
   const StepOptions<C> options;
   const AdjointCell<S> cell;
   const AdjointRows<S> rows;
-  const Panels<C> weight_hh;
-  const int64_t chunk_rows;
-  const Parallel& parallel;
-  const int tasks;
-  Buffer<C> du, states, zeros, d0_block;
-  Chunk current{0, 0}, previous{0, 0};
-  int parity = 0;
-  int64_t done = 0;
+  const Panels<P> weight_hh;
+  const Cut cut;
+  Buffer<P> du;
+  Buffer<C> states;
+  Buffer<C> zeros;
+  Buffer<C> products;
 };
 
 template <class S>
 void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   using C = Compute<S>;
-  Buffer<C> panels(Panels<C>::size(p.H, p.H));
-  const Panels<C> weight_hh{panels.get(), p.H, p.H, p.schedule.B <= kFewRows};
-  weight_hh.pack(p.weight_hh);
-  AdjointLoop<S> loop(p.schedule, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell<S, GivenGate>,
-                      {p.g, {}, p.gate, p.d, p.d0}, weight_hh, rows_per_chunk(p.schedule, p.H, p.H),
-                      parallel);
-  while (loop.next()) {
-  }
+  using P = Operand<S>;
+  const Schedule& s = p.schedule;
+  Buffer<typename Product<P>::Unit> panels(Panels<P>::size(p.H, p.H));
+  const Panels<P> weight_hh{panels.get(), p.H, p.H, s.B <= kFewRows};
+  const int64_t chunk_rows = rows_per_chunk(s, p.H, p.H);
+  const Cut cut = cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H);
+  AdjointLoop<S> loop(s, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell<S, GivenGate>,
+                      {p.g, {}, p.gate, p.d, p.d0}, weight_hh, chunk_rows, cut);
+  run_team(parallel, cut.threads, [&](const Team& team) {
+    pack(weight_hh, p.weight_hh, team);
+    team.wait();
+    const Share share = share_of<C>(cut, s, p.H, team);
+    AdjointWalk walk(s, chunk_rows);
+    while (walk.next()) loop.run(walk, share, team);
+  });
 }
 
 // ---- tangent
@@ -232,66 +288,76 @@ class TangentLoop {
       : p(problem),
         s(problem.schedule),
         parallel(parallel),
-        tasks(tasks_for(parallel, s.rows() * p.H * p.H, s.B / kTileRows)),
+        cut(cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H)),
         options(p.alpha, -1),
-        panels(Panels<C>::size(p.H, p.H)),
+        panels(Panels<P>::size(p.H, p.H)),
         zeros(p.H),
         q0(s.B * p.H),
         states(2 * s.B * p.H),
-        product(tasks * kBlockRows * p.H) {}
+        products(cut.threads * kBlockRows * p.H) {}
 
   void run() {
-    weight_hh().pack_transposed(p.weight_hh);
     zeros.fill_zero(p.H);
     for (int64_t b = 0; p.d0_in.data && b < s.B; ++b)
       convert_row(p.d0_in.data + b * p.d0_in.row, q0.get() + b * p.H, p.H);
-    for_each_task(parallel, tasks, [this](int task) {
-      const RowRange range = rows_of_task(s, task, tasks);
-      for (int64_t i = 0; i < s.T; ++i) step(task, s.step(i), range);
+    run_team(parallel, cut.threads, [this](const Team& team) {
+      pack_transposed(weight_hh(), p.weight_hh, team);
+      team.wait();
+      const Share share = share_of<C>(cut, s, p.H, team);
+      for (int64_t i = 0; i < s.T; ++i) {
+        step(team, s.step(i), share);
+        if (cut.columns) team.wait();
+      }
     });
   }
 
  private:
   using C = Compute<S>;
+  using P = Operand<S>;
 
-  void step(int task, int64_t t, RowRange range) {
-    const int64_t end = smaller(range.end, s.rows_at(t));
-    const C* arriving[kBlockRows];
+  void step(const Team& team, int64_t t, const Share& share) {
+    const int64_t end = smaller(share.rows.end, s.rows_at(t));
+    const P* arriving[kBlockRows];
     C* z[kBlockRows];
-    for (int64_t b0 = range.begin; b0 < end; b0 += kBlockRows) {
+    for (int64_t b0 = share.rows.begin; b0 < end; b0 += kBlockRows) {
       const int64_t count = smaller(kBlockRows, end - b0);
       for (int64_t r = 0; r < count; ++r) {
         arriving[r] = this->arriving(t, b0 + r);
-        z[r] = product.get() + (task * kBlockRows + r) * p.H;
+        z[r] = products.get() + (team.index * kBlockRows + r) * p.H;
       }
-      multiply(weight_hh(), p.H, count, arriving, nullptr, z, [&](int64_t first, int64_t last) {
-        for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
-          const int64_t b = b0 + r;
-          Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
-          if (options.leaky()) q += options.rest * load(arriving[r] + j, lanes);
-          q += load(s.row(p.g, t, b) + j, lanes);
-          store(s.row(p.d, t, b) + j, q, lanes);
-          store(ring().row(t, b) + j, rounded_to<S>(q), lanes);
-        });
-      });
+      multiply(
+          weight_hh(), share.columns.begin, share.columns.end, p.H, count, arriving, nullptr, z,
+          [](auto&&...) {},
+          [&](int64_t first, int64_t last) {
+            for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
+              const int64_t b = b0 + r;
+              Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
+              if (options.leaky()) q += options.rest * load(arriving[r] + j, lanes);
+              q += load(s.row(p.g, t, b) + j, lanes);
+              store(s.row(p.d, t, b) + j, q, lanes);
+              store(ring().row(t, b) + j, rounded_to<S>(q), lanes);
+            });
+          });
     }
   }
 
-  const C* arriving(int64_t t, int64_t b) const {
+  const P* arriving(int64_t t, int64_t b) const {
     if (!s.linked(t, b)) return zeros.get();
     if (b < s.rows_continued(t)) return ring().row(s.before(t), b);
     return p.d0_in.data ? q0.get() + b * p.H : zeros.get();
   }
 
-  Panels<C> weight_hh() const { return {panels.get(), p.H, p.H, s.B <= kFewRows}; }
-  StateRing<C> ring() const { return {states.get(), s.B, p.H}; }
+  Panels<P> weight_hh() const { return {panels.get(), p.H, p.H, s.B <= kFewRows}; }
+  StateRing<P> ring() const { return {states.get(), s.B, p.H}; }
 
   const ScanProblem<S>& p;
   const Schedule& s;
   const Parallel& parallel;
-  const int tasks;
+  const Cut cut;
   const StepOptions<C> options;
-  Buffer<C> panels, zeros, q0, states, product;
+  Buffer<typename Product<P>::Unit> panels;
+  Buffer<P> zeros, q0, states;
+  Buffer<C> products;
 };
 
 template <class S>

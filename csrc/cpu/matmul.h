@@ -13,6 +13,7 @@
 // multiply-add; that is a property of the whole call, never of a tile.
 #pragma once
 
+#include "product.h"
 #include "workspace.h"
 
 TORCH_BPTT_KERNELS_BEGIN
@@ -30,104 +31,159 @@ constexpr int kFewRowsPanelVectors = 4;
 template <int ROWS>
 constexpr int kFewRowsChains = (kManyRegisters ? 4 : 2) / ROWS;
 
+// Columns that any panel boundary is a multiple of.
+template <class C>
+constexpr int64_t kColumnUnit = kFewRowsPanelVectors * kLanes<C>;
+
 // Rows given to one multiply(): a multiple of kTileRows whose pointers and states stay in the
 // first-level cache.
 constexpr int kBlockRows = 60;
 
 // b (K, N) in panels. The last panel is only as wide as its columns need, filled up with zeros to
-// whole vectors.
-template <class C>
+// whole vectors; so is the last unit of K where units are pairs.
+template <class P>
 struct Panels {
-  using Element = C;
-  C* data;
+  using Unit = typename Product<P>::Unit;
+  using C = Compute<P>;
+  Unit* data;
   int64_t K, N;
   bool few_rows = false;  // the rows of a are at most kFewRows
 
+  static int64_t units(int64_t K) { return (K + Product<P>::kTerms - 1) / Product<P>::kTerms; }
   static int64_t size(int64_t K, int64_t N) {
-    return K * ((N + kLanes<C> - 1) / kLanes<C>)*kLanes<C>;
+    return units(K) * ((N + kLanes<C> - 1) / kLanes<C>)*kLanes<C>;
   }
   int64_t width() const { return (few_rows ? kFewRowsPanelVectors : kPanelVectors) * kLanes<C>; }
-  int64_t count() const { return (N + width() - 1) / width(); }
+  int64_t count() const { return panels(N); }
+  int64_t panels(int64_t columns) const { return (columns + width() - 1) / width(); }
   int64_t first_column(int64_t panel) const { return panel * width(); }
   int64_t columns(int64_t panel) const { return smaller(width(), N - first_column(panel)); }
   int vectors(int64_t panel) const { return int((columns(panel) + kLanes<C> - 1) / kLanes<C>); }
-  C* panel(int64_t panel) const { return data + first_column(panel) * K; }
+  Unit* panel(int64_t panel) const { return data + first_column(panel) * units(K); }
 
-  // b[k][0..N) = source[0..N), restricted to the panels [begin, end).
-  template <class S>
-  void pack_row(int64_t k, const S* source, int64_t begin, int64_t end) const {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t width = vectors(p) * kLanes<C>;
-      C* target = panel(p) + k * width;
-      const S* from = source + first_column(p);
-      for_columns<C>(0, columns(p), [&](int64_t j, auto lanes) {
-        store(target + j, load(from + j, lanes), Whole{});
-      });
+  // b[k] = row(k), the panels [begin, end)
+  template <class Row>
+  void pack(int64_t begin, int64_t end, const Row& row) const {
+    using S = std::remove_pointer_t<decltype(row(0))>;
+    constexpr int64_t kTerms = Product<P>::kTerms;
+    for (int64_t k = 0; k < K; k += kTerms) {
+      const int64_t terms = smaller(kTerms, K - k);
+      S* rows[kTerms]{};
+      for (int64_t i = 0; i < terms; ++i) rows[i] = row(k + i);
+      for (int64_t p = begin; p < end; ++p) {
+        Unit* target = panel(p) + k / kTerms * (vectors(p) * kLanes<C>);
+        const int64_t first = first_column(p);
+        for_columns<C>(0, columns(p), [&](int64_t j, auto lanes) {
+          Product<P>::gather(rows, terms, first + j, lanes, target + j);
+        });
+      }
     }
   }
 
-  // b = source (K, N)
+  // b = source^T, source (N, K), the panels [begin, end)
   template <class S>
-  void pack(const S* source) const {
-    for (int64_t k = 0; k < K; ++k) pack_row(k, source + k * N, 0, count());
-  }
-
-  // b = transpose of source (N, K)
-  template <class S>
-  void pack_transposed(const S* source) const {
+  void pack_transposed(const S* source, int64_t begin, int64_t end) const {
     constexpr int L = kLanes<C>;
-    for (int64_t p = 0; p < count(); ++p) {
+    constexpr int64_t terms = Product<P>::kTerms;
+    for (int64_t p = begin; p < end; ++p) {
       const int64_t width = vectors(p) * L;
       for (int64_t v = 0; v < width; v += L) {
-        const int64_t first = first_column(p) + v;
-        const int n = int(smaller(L, N - first));
-        C* target = panel(p) + v;
-        int64_t k = 0;
-        for (; k + L <= K; k += L) {  // a square of L x L, read and written in whole vectors
-          C square[L][L];
-          for (int j = 0; j < L; ++j) {
-            const V row = j < n ? load(source + (first + j) * K + k, Whole{}) : V{};
-            store(square[j], row, Whole{});
-          }
-          for (int i = 0; i < L; ++i) {
-            C column[L];
-            for (int j = 0; j < L; ++j) column[j] = square[j][i];
-            store(target + (k + i) * width, load(column, Whole{}), Whole{});
-          }
-        }
-        for (; k < K; ++k) {
-          C column[L] = {};
-          for (int j = 0; j < n; ++j) column[j] = load(source + (first + j) * K + k, Part{1})[0];
-          store(target + k * width, load(column, Whole{}), Whole{});
+        const int64_t first = first_column(p) + v, rows = smaller(L, N - first);
+        Unit* target = panel(p) + v;
+        for (int64_t k = 0; k < units(K); k += L) {
+          typename Product<P>::Units square[L];
+          for (int64_t j = 0; j < L; ++j)
+            square[j] = j < rows ? Product<P>::read(source + (first + j) * K + k * terms,
+                                                    K - k * terms)
+                                 : typename Product<P>::Units{};
+          transpose(square);
+          for (int64_t i = 0; i < smaller(L, units(K) - k); ++i)
+            __builtin_memcpy(target + (k + i) * width, &square[i], sizeof square[i]);
         }
       }
     }
   }
 
  private:
-  using V = Vector<C>;
+  // Interleaves the first half of the rows with the second half, log2(L) times.
+  template <class V, int L>
+  static TORCH_BPTT_INLINE void transpose(V (&rows)[L]) {
+    typename vector_of<C>::bits low{}, high{};
+    for (int i = 0; i < L; ++i) {
+      low[i] = i / 2 + i % 2 * L;
+      high[i] = i / 2 + L / 2 + i % 2 * L;
+    }
+#pragma GCC unroll 8
+    for (int stage = 1; stage < L; stage *= 2) {
+      V next[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L / 2; ++i) {
+        next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+        next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) rows[i] = next[i];
+    }
+  }
 };
 
-// Where a tile finds a[r][k].
-template <class C, int ROWS>
+// Cache lines that will be wanted when a tile is done. The tile asks for one with each of its first
+// terms: asked for all at once they would wait for each other, and the tile for them.
+class Lines {
+ public:
+  Lines() {}  // the lines that are not there yet are left as they are
+  template <class S>
+  TORCH_BPTT_INLINE void add(const S* row, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end && count < kMost; j += 64 / int64_t(sizeof(S)))
+      line[count++] = row + j;
+  }
+  TORCH_BPTT_INLINE void prefetch(int64_t i) const { __builtin_prefetch(line[i]); }
+  TORCH_BPTT_INLINE int64_t size() const { return count; }
+
+ private:
+  static constexpr int64_t kMost = 64;
+  const void* line[kMost];
+  int64_t count = 0;
+};
+
+// Where a tile finds the units a[r][k].
+template <class P, int ROWS>
 struct RowPointers {  // in rows of their own
-  const C* rows[ROWS];
-  TORCH_BPTT_INLINE explicit RowPointers(const C* const* a) {
+  using Element = P;
+  const P* rows[ROWS];
+  TORCH_BPTT_INLINE RowPointers(const P* const* a, int64_t) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) rows[r] = a[r];
   }
-  TORCH_BPTT_INLINE C at(int r, int64_t k) const { return rows[r][k]; }
+  TORCH_BPTT_INLINE auto at(int r, int64_t k) const {
+    return Product<P>::unit(rows[r] + k * Product<P>::kTerms);
+  }
+  TORCH_BPTT_INLINE auto last(int r, int64_t k) const {
+    return Product<P>::last_unit(rows[r] + k * Product<P>::kTerms);
+  }
 };
-template <class C, int ROWS>
-struct Interleaved {  // side by side: a[k * ROWS + r]
-  const C* data;
-  TORCH_BPTT_INLINE explicit Interleaved(const C* const* a) : data(a[0]) {}
-  TORCH_BPTT_INLINE C at(int r, int64_t k) const { return data[k * ROWS + r]; }
+template <class P, int ROWS>
+struct Columns {  // side by side, a row of them for each k
+  using Element = typename Product<P>::Unit;
+  const Element* data;
+  int64_t stride;
+  TORCH_BPTT_INLINE Columns(const Element* const* a, int64_t stride) : data(a[0]), stride(stride) {}
+  TORCH_BPTT_INLINE auto at(int r, int64_t k) const { return data[k * stride + r]; }
+  TORCH_BPTT_INLINE auto last(int r, int64_t k) const { return at(r, k); }
 };
 
-template <class C>
-using Tile = void (*)(int64_t K, const C* const* a, const C* b, const C* const* init, C* const* out,
-                      int64_t column, int64_t columns);
+// One tile: `columns` columns of out, from `column` on.
+template <class P, class A>
+struct TileProblem {
+  int64_t K;              // terms
+  const A* const* a;      // what Source wants
+  int64_t stride;
+  const typename Product<P>::Unit* b;
+  const Compute<P>* const* init;  // null: zeros
+  Compute<P>* const* out;
+  int64_t column, columns;
+  const Lines* lines;
+};
 
 // The end of a tile whose last vector is only partly columns. Apart from the tile, so that its
 // branches do not cost the tile registers.
@@ -143,38 +199,45 @@ __attribute__((noinline)) void finish_narrow(int rows, int width, const C* sums,
   }
 }
 
-// ROWS x (VECTORS vectors) of out, from column `column` on; init null: zeros. The sum is added to
-// init at the end, so that long sums over several chunks are sums of shorter ones.
-template <class C, int ROWS, int VECTORS, int CHAINS, template <class, int> class Source>
-void tile(int64_t K, const C* const* a, const C* b, const C* const* init, C* const* out,
-          int64_t column, int64_t columns) {
-  constexpr int L = kLanes<C>;
+// ROWS x (VECTORS vectors) of out. The sum is added to init at the end, so that long sums over
+// several chunks are sums of shorter ones.
+template <class P, int ROWS, int VECTORS, int CHAINS, template <class, int> class Source>
+void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
+  using C = Compute<P>;
   using V = Vector<C>;
-  const Source<C, ROWS> source(a);
+  using Units = typename Product<P>::Units;
+  constexpr int L = kLanes<C>;
+  constexpr int kTerms = Product<P>::kTerms;
+  const Source<P, ROWS> source(problem.a, problem.stride);
+  const typename Product<P>::Unit* b = problem.b;
+  const int64_t whole = problem.K / kTerms;
   V sum[CHAINS][ROWS][VECTORS] = {};
   int64_t k = 0;
-  for (; k + CHAINS <= K; k += CHAINS) {
+  const auto add = [&](int chain, const auto& a) {
+    Units b_k[VECTORS];
 #pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) {
-      V b_k[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) b_k[v] = load(b + (c * VECTORS + v) * L, Whole{});
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const C a_k = source.at(r, k + c);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) sum[c][r][v] += a_k * b_k[v];
-      }
-    }
-    b += CHAINS * VECTORS * L;
-  }
-  for (; k < K; ++k, b += VECTORS * L) {
+    for (int v = 0; v < VECTORS; ++v) b_k[v] = Product<P>::units(b + v * L);
+    b += VECTORS * L;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
+      const auto a_k = a(r);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[0][r][v] += source.at(r, k) * load(b + v * L, Whole{});
+      for (int v = 0; v < VECTORS; ++v)
+        sum[chain][r][v] = Product<P>::add(sum[chain][r][v], a_k, b_k[v]);
     }
+  };
+  const auto add_chains = [&] {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) add(c, [&](int r) { return source.at(r, k + c); });
+  };
+  for (const int64_t end = smaller(whole / CHAINS, problem.lines->size()) * CHAINS; k < end;
+       k += CHAINS) {
+    problem.lines->prefetch(k / CHAINS);
+    add_chains();
   }
+  for (; k + CHAINS <= whole; k += CHAINS) add_chains();
+  for (; k < whole; ++k) add(0, [&](int r) { return source.at(r, k); });
+  if (problem.K % kTerms) add(0, [&](int r) { return source.last(r, k); });
 #pragma GCC unroll 4
   for (int c = 1; c < CHAINS; ++c) {
 #pragma GCC unroll 8
@@ -183,36 +246,40 @@ void tile(int64_t K, const C* const* a, const C* b, const C* const* init, C* con
       for (int v = 0; v < VECTORS; ++v) sum[0][r][v] += sum[c][r][v];
     }
   }
-  if (columns < VECTORS * L) {
+  const C* const* init = problem.init;
+  C* const* out = problem.out;
+  if (problem.columns < VECTORS * L) {
     C sums[ROWS * VECTORS * L];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) store(sums + (r * VECTORS + v) * L, sum[0][r][v], Whole{});
     }
-    return finish_narrow(ROWS, VECTORS * L, sums, init, out, column, columns);
+    return finish_narrow(ROWS, VECTORS * L, sums, init, out, problem.column, problem.columns);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
-      const int64_t j = column + v * L;
+      const int64_t j = problem.column + v * L;
       store(out[r] + j, init ? load(init[r] + j, Whole{}) + sum[0][r][v] : sum[0][r][v], Whole{});
     }
   }
 }
 
-template <class C, template <class, int> class Source>
+template <class P, template <class, int> class Source>
 struct Tiles {
+  using Tile = void (*)(const TileProblem<P, typename Source<P, 1>::Element>&);
+
   template <int ROWS, int CHAINS>
-  static Tile<C> row(int vectors) {
+  static Tile row(int vectors) {
     if constexpr (ROWS <= kFewRows || kManyRegisters) {
-      if (vectors == 4) return tile<C, ROWS, 4, CHAINS, Source>;
-      if (vectors == 3) return tile<C, ROWS, 3, CHAINS, Source>;
+      if (vectors == 4) return tile<P, ROWS, 4, CHAINS, Source>;
+      if (vectors == 3) return tile<P, ROWS, 3, CHAINS, Source>;
     }
-    return vectors == 2 ? tile<C, ROWS, 2, CHAINS, Source> : tile<C, ROWS, 1, CHAINS, Source>;
+    return vectors == 2 ? tile<P, ROWS, 2, CHAINS, Source> : tile<P, ROWS, 1, CHAINS, Source>;
   }
-  static Tile<C> get(int64_t rows, int vectors, bool few_rows) {
+  static Tile get(int64_t rows, int vectors, bool few_rows) {
     switch (rows) {
       case 1:
         return few_rows ? row<1, kFewRowsChains<1>>(vectors) : row<1, 1>(vectors);
@@ -230,25 +297,28 @@ struct Tiles {
   }
 };
 
-// out = init + a b for `rows` rows, K of the panels' K terms (0: out = init). after(first column,
-// last column) runs for every part of out, once it is done for all rows and while it is in the
-// first-level cache.
-template <class C, class After>
-void multiply(const Panels<C>& b, int64_t K, int64_t rows,
-              const typename Panels<C>::Element* const* a,
-              const typename Panels<C>::Element* const* init,
-              typename Panels<C>::Element* const* out, After after) {
+// Columns [begin, end) of out = init + a b for `rows` rows, K of the panels' K terms (0: out =
+// init); begin is where a panel begins. ahead(lines, r, r_end, first column, last column) names the
+// cache lines that will be wanted with this part of out. after(first column, last column) runs for
+// every part of out, once it is done for all rows and while it is in the first-level cache.
+template <class P, class Ahead, class After>
+void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t rows,
+              const P* const* a, const Compute<P>* const* init, Compute<P>* const* out,
+              Ahead ahead, After after) {
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t p = 0; p < b.count(); ++p) {
+  for (int64_t p = b.panels(begin); p < b.panels(end); ++p) {
     const int64_t j = b.first_column(p), columns = b.columns(p);
     for (int64_t g = 0; g < groups; ++g) {  // of nearly equal size: 32 rows are 6+6+5+5+5+5
-      const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-      Tiles<C, RowPointers>::get(count, b.vectors(p), b.few_rows)(
-          K, a + r, b.panel(p), init ? init + r : nullptr, out + r, j, columns);
+      const int64_t r = rows * g / groups, r_end = rows * (g + 1) / groups;
+      Lines lines;
+      if (!b.few_rows) ahead(lines, r, r_end, j, j + columns);
+      Tiles<P, RowPointers>::get(r_end - r, b.vectors(p), b.few_rows)(
+          {K, a + r, 0, b.panel(p), init ? init + r : nullptr, out + r, j, columns, &lines});
     }
     if (groups > 1) after(j, j + columns);
   }
-  if (groups == 1) after(0, b.N);  // a few rows are still in cache, and one long block is better
+  // A few rows are still in cache, and one long block is better.
+  if (groups == 1) after(begin, end);
 }
 
 TORCH_BPTT_KERNELS_END

@@ -1,53 +1,69 @@
 // Sums of outer products over the rows of a chunk: dW_hh += du^T p, dW_ih += du^T x, dbias += sum
 // of du.
 //
-// One matrix product each, the rows being the summed index. Both factors are copied to the order
-// the register tile reads: p and x into panels, du into groups of kTileRows columns side by side.
+// One matrix product each, the rows being the summed index: p and x are copied into panels, du is
+// read as it lies.
 #pragma once
 
-#include "matmul.h"
+#include "team.h"
 
 TORCH_BPTT_KERNELS_BEGIN
 
 template <class S>
 class WeightGradients {
  public:
-  WeightGradients(const BackwardProblem<S>& problem, int64_t chunk_rows, const Parallel& parallel)
+  using P = Operand<S>;
+
+  WeightGradients(const BackwardProblem<S>& problem, int64_t chunk_rows)
       : p(problem),
         s(problem.schedule),
-        parallel(parallel),
-        tasks(tasks_for(parallel, chunk_rows * p.H * (p.H + p.I), groups())),
-        du_groups(wanted() ? chunk_rows * p.H : 0),
-        panels_p(p.grad_weight_hh ? Panels<C>::size(chunk_rows, p.H) : 0),
-        panels_x(p.grad_weight_ih ? Panels<C>::size(chunk_rows, p.I) : 0),
-        rows_p(p.grad_weight_hh ? chunk_rows : 0),
-        rows_x(p.grad_weight_ih ? chunk_rows : 0),
+        du_pairs(kPairs && products() ? Panels<P>::units(chunk_rows) * p.H : 0),
+        panels_p(p.grad_weight_hh ? Panels<P>::size(chunk_rows, p.H) : 0),
+        panels_x(p.grad_weight_ih ? Panels<P>::size(chunk_rows, p.I) : 0),
         wide_hh(kNarrow<S> && p.grad_weight_hh ? p.H * p.H : 0),
         wide_ih(kNarrow<S> && p.grad_weight_ih ? p.H * p.I : 0),
         bias_sum(p.grad_bias ? p.H : 0),
         bias_total(p.grad_bias ? p.H : 0),
         zeros(p.H) {
     zeros.fill_zero(p.H);
+    if (p.grad_bias) bias_total.fill_zero(p.H);
   }
 
-  // Adds the rows of a chunk; du (rows, H).
-  void add(const Chunk& chunk, const Compute<S>* du) {
+  bool wanted() const { return products() || p.grad_bias; }
+
+  // The thread's share of what add() reads; du (rows of the chunk, H).
+  void pack(const Chunk& chunk, const P* du, const Team& team) {
     const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
-    if (p.grad_bias) add_bias(du, rows);
-    if (wanted()) {
-      list_rows(chunk);
-      for_each_task(parallel, tasks, [&](int task) { pack(task, du, rows); });
-      for_each_task(parallel, tasks, [&](int task) {
-        if (p.grad_weight_hh)
-          add_product(task, {panels_p.get(), rows, p.H}, accumulator(wide_hh, p.grad_weight_hh));
-        if (p.grad_weight_ih)
-          add_product(task, {panels_x.get(), rows, p.I}, accumulator(wide_ih, p.grad_weight_ih));
+    const auto pack_rows = [&](const Panels<P>& panels, const auto& row_of) {
+      const Range mine = team.share(panels.count());
+      int64_t t = chunk.t0, b = 0;
+      panels.pack(mine.begin, mine.end, [&](int64_t) {
+        const S* row = row_of(t, b);
+        if (++b == s.rows_at(t)) b = 0, ++t;
+        return row;
       });
-    }
-    first = false;
+    };
+    if (p.grad_weight_hh)
+      pack_rows({panels_p.get(), rows, p.H}, [&](int64_t t, int64_t b) { return arriving(t, b); });
+    if (p.grad_weight_ih)
+      pack_rows({panels_x.get(), rows, p.I}, [&](int64_t t, int64_t b) {
+        return static_cast<const S*>(s.row(p.x, t, b));
+      });
+    if constexpr (kPairs)
+      if (products()) pair_rows(du, rows, columns_of(team));
   }
 
-  // Rounds the sums of the narrow types into the outputs.
+  // Adds the packed chunk to the sums, or starts them: the thread's share of the rows of dW. All
+  // threads must have packed.
+  void add(int64_t rows, const P* du, bool start, const Team& team) const {
+    if (p.grad_weight_hh)
+      add_product({panels_p.get(), rows, p.H}, du, sums(wide_hh, p.grad_weight_hh), start, team);
+    if (p.grad_weight_ih)
+      add_product({panels_x.get(), rows, p.I}, du, sums(wide_ih, p.grad_weight_ih), start, team);
+    if (p.grad_bias) add_bias(du, rows, columns_of(team));
+  }
+
+  // Rounds the sums of the narrow types into the outputs; all must have added.
   void finish() const {
     if constexpr (kNarrow<S>) {
       if (p.grad_weight_hh) convert_row(wide_hh.get(), p.grad_weight_hh, p.H * p.H);
@@ -58,83 +74,73 @@ class WeightGradients {
 
  private:
   using C = Compute<S>;
+  using Unit = typename Product<P>::Unit;
+  static constexpr int64_t kTerms = Product<P>::kTerms;
+  static constexpr bool kPairs = kTerms > 1;
 
-  bool wanted() const { return p.grad_weight_hh || p.grad_weight_ih; }
-  int64_t groups() const { return (p.H + kTileRows - 1) / kTileRows; }
+  bool products() const { return p.grad_weight_hh || p.grad_weight_ih; }
 
-  void add_bias(const C* du, int64_t rows) {
+  Range columns_of(const Team& team) const {
+    const Range vectors = team.share((p.H + kLanes<C> - 1) / kLanes<C>);
+    return {vectors.begin * kLanes<C>, smaller(vectors.end * kLanes<C>, p.H)};
+  }
+
+  const S* arriving(int64_t t, int64_t b) const {
+    if (!s.kept(t, b)) return zeros.get();
+    if (b < s.rows_continued(t)) return s.row(p.h, s.before(t), b);
+    return p.h0.data ? p.h0.data + b * p.h0.row : zeros.get();
+  }
+
+  void pair_rows(const P* du, int64_t rows, Range columns) const {
+    for (int64_t k = 0; k < rows; k += kTerms) {
+      const P* pair[] = {du + k * p.H, du + (k + 1) * p.H};
+      for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
+        Unit units[kLanes<C>];
+        Product<P>::gather(pair, rows - k, j, lanes, units);
+        Unit* to = du_pairs.get() + k / kTerms * p.H + j;
+        __builtin_memcpy(to, units, uint64_t(smaller(columns.end - j, kLanes<C>)) * sizeof(Unit));
+      });
+    }
+  }
+
+  void add_bias(const P* du, int64_t rows, Range columns) const {
     C* sum = bias_sum.get();
-    bias_sum.fill_zero(p.H);
     for (int64_t r = 0; r < rows; ++r) {
-      for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-        store(sum + j, load(sum + j, lanes) + load(du + r * p.H + j, lanes), lanes);
+      for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
+        const Vector<C> term = load(du + r * p.H + j, lanes);
+        store(sum + j, r == 0 ? term : load(sum + j, lanes) + term, lanes);
       });
     }
     C* total = bias_total.get();
-    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-      const Vector<C> chunk = load(sum + j, lanes);
-      store(total + j, first ? chunk : load(total + j, lanes) + chunk, lanes);
+    for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
+      store(total + j, load(total + j, lanes) + load(sum + j, lanes), lanes);
     });
   }
 
-  // The rows of p_t and x_t in the order of du.
-  void list_rows(const Chunk& chunk) {
-    int64_t r = 0;
-    for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
-      const int64_t continued = s.rows_continued(t);
-      for (int64_t b = 0; b < s.rows_at(t); ++b, ++r) {
-        if (p.grad_weight_ih) rows_x.get()[r] = s.row(p.x, t, b);
-        if (!p.grad_weight_hh) continue;
-        const S* arriving = zeros.get();
-        if (s.kept(t, b)) {
-          if (b < continued)
-            arriving = s.row(p.h, s.before(t), b);
-          else if (p.h0.data)
-            arriving = p.h0.data + b * p.h0.row;
-        }
-        rows_p.get()[r] = arriving;
-      }
-    }
-  }
-
-  void pack(int task, const C* du, int64_t rows) {
-    const auto pack_panels = [&](const Panels<C>& panels, const S* const* source) {
-      for (int64_t k = 0; k < rows; ++k)
-        panels.pack_row(k, source[k], panels.count() * task / tasks,
-                        panels.count() * (task + 1) / tasks);
-    };
-    if (p.grad_weight_hh) pack_panels({panels_p.get(), rows, p.H}, rows_p.get());
-    if (p.grad_weight_ih) pack_panels({panels_x.get(), rows, p.I}, rows_x.get());
-    for (int64_t g = groups() * task / tasks; g < groups() * (task + 1) / tasks; ++g) {
-      const int64_t j = g * kTileRows, width = smaller(kTileRows, p.H - j);
-      C* group = du_groups.get() + j * rows;
-      if (width == kTileRows) {
-        for (int64_t k = 0; k < rows; ++k)
-          __builtin_memcpy(group + k * kTileRows, du + k * p.H + j, kTileRows * sizeof(C));
-      } else {
-        for (int64_t k = 0; k < rows; ++k)
-          for (int64_t i = 0; i < width; ++i) group[k * width + i] = du[k * p.H + j + i];
-      }
-    }
-  }
-
-  // sum (H, N) += du^T panels, the task's share of the H output rows.
-  void add_product(int task, const Panels<C>& panels, C* sum) {
+  // sum (H, N) += du^T panels, or = where the sums start.
+  void add_product(const Panels<P>& panels, const P* du, C* sum, bool start,
+                   const Team& team) const {
+    const Range mine = team.share((p.H + kTileRows - 1) / kTileRows);
     C* out[kTileRows];
+    const Lines none;
     for (int64_t column = 0; column < panels.count(); ++column) {
-      for (int64_t g = groups() * task / tasks; g < groups() * (task + 1) / tasks; ++g) {
-        const int64_t j = g * kTileRows, width = smaller(kTileRows, p.H - j);
+      for (int64_t group = mine.begin; group < mine.end; ++group) {
+        const int64_t j = group * kTileRows, width = smaller(kTileRows, p.H - j);
         for (int64_t i = 0; i < width; ++i) out[i] = sum + (j + i) * panels.N;
-        const C* group = du_groups.get() + j * panels.K;
-        Tiles<C, Interleaved>::get(width, panels.vectors(column), false)(
-            panels.K, &group, panels.panel(column), first ? nullptr : out, out,
-            panels.first_column(column), panels.columns(column));
+        const Unit* columns;
+        if constexpr (kPairs)
+          columns = du_pairs.get() + j;
+        else
+          columns = du + j;
+        Tiles<P, Columns>::get(width, panels.vectors(column), false)(
+            {panels.K, &columns, p.H, panels.panel(column), start ? nullptr : out, out,
+             panels.first_column(column), panels.columns(column), &none});
       }
     }
   }
 
   // float and double are summed in the output itself.
-  static C* accumulator(const Buffer<C>& wide, S* output) {
+  static C* sums(const Buffer<C>& wide, S* output) {
     if constexpr (kNarrow<S>)
       return wide.get();
     else
@@ -143,13 +149,9 @@ class WeightGradients {
 
   const BackwardProblem<S>& p;
   const Schedule& s;
-  const Parallel& parallel;
-  const int tasks;
-  Buffer<C> du_groups, panels_p, panels_x;
-  Buffer<const S*> rows_p, rows_x;
+  Buffer<Unit> du_pairs, panels_p, panels_x;
   Buffer<C> wide_hh, wide_ih, bias_sum, bias_total;
   Buffer<S> zeros;
-  bool first = true;
 };
 
 TORCH_BPTT_KERNELS_END

@@ -1,4 +1,4 @@
-// Scratch memory of one call, and the team of threads that shares its work.
+// Scratch memory of one call, and the stretches of steps that fit the cache.
 #pragma once
 
 #include <cstdint>
@@ -30,38 +30,6 @@ class Buffer {
 
 TORCH_BPTT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 TORCH_BPTT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// body(i) for i in [0, tasks), on several threads where there are several.
-template <class Body>
-void for_each_task(const Parallel& parallel, int tasks, Body body) {
-  if (tasks == 1) return body(0);
-  parallel.run(tasks, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
-}
-
-// Below this much work (multiply-adds) a second thread costs more than it brings: waking it takes
-// about 5 us.
-constexpr int64_t kWorkPerTask = 250'000;
-
-// How many tasks `work` is worth, at most one for each of its `units`, the least that fills a tile.
-TORCH_BPTT_INLINE int tasks_for(const Parallel& parallel, int64_t work, int64_t units) {
-  return int(larger(1, smaller(parallel.threads, smaller(units, work / kWorkPerTask))));
-}
-
-// Batch rows [begin, end) of task i, cut so that every task has about the same number of rows over
-// all steps. A row's result does not depend on the cut (see matmul.h), so results do not depend on
-// the number of threads.
-struct RowRange {
-  int64_t begin, end;
-};
-inline RowRange rows_of_task(const Schedule& schedule, int i, int tasks) {
-  const auto cut = [&](int k) {
-    if (!schedule.lengths || k == 0 || k == tasks) return schedule.B * k / tasks;
-    int64_t b = 0;
-    for (int64_t sum = 0; sum < schedule.rows() * k / tasks; ++b) sum += schedule.lengths[b];
-    return b;
-  };
-  return {cut(i), cut(i + 1)};
-}
 
 // A stretch of steps [t0, t1) with at most `limit` rows, or one step: what is worked on while it is
 // in cache.
