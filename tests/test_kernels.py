@@ -243,10 +243,12 @@ def test_activations_are_within_two_ulps(activation, dtype, width):
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_activations_of_narrow_types(activation, dtype):
+def test_activations_of_narrow_types(activation, dtype, isa):
     """All 2^16 values. Two ulps of float32 may tip the rounding to storage: one ulp of that."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:  # its products take these for zeros
+        x = x[x.abs() >= torch.finfo(dtype).smallest_normal]
     got = through_the_operator(x, activation).double()
     exact = torch.from_numpy(correctly_rounded(activation, x.double().numpy()).astype(np.float64))
     spacing = torch.finfo(dtype).eps * 2 ** torch.floor(torch.log2(exact.abs()))
@@ -285,6 +287,7 @@ def test_what_is_not_finite_spreads_as_in_the_loop(case, activation, bad):
 SHAPES = [
     Case(T=20, B=1, I=64, H=257),
     Case(T=20, B=3, I=40, H=300),
+    Case(T=20, B=5, I=40, H=300, **EVERYTHING),
     Case(T=20, B=61, I=10, H=33),
     Case(T=20, B=24, I=70, H=150, **EVERYTHING),
     Case(T=1, B=400, I=64, H=128),

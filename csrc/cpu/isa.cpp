@@ -8,6 +8,23 @@
 
 namespace torch_bptt::cpu {
 
+#if defined(__x86_64__)
+namespace {
+
+// AVX-512 with other kernels for bfloat16.
+const Kernels& avx512_bf16() {
+  static const Kernels kernels = [] {
+    Kernels changed = kAvx512;
+    changed.name = "avx512_bf16";
+    changed.of_bfloat16 = kAvx512Bf16;
+    return changed;
+  }();
+  return kernels;
+}
+
+}  // namespace
+#endif
+
 IsaList available() {
   IsaList list{{&kBaseline}, 1};
 #if defined(__x86_64__)
@@ -17,6 +34,7 @@ IsaList available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       list.sets[list.count++] = &kAvx512;
+      if (__builtin_cpu_supports("avx512bf16")) list.sets[list.count++] = &avx512_bf16();
     }
   }
 #endif

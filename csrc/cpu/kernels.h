@@ -45,11 +45,12 @@ inline const KernelsFor<float16>& Kernels::of() const {
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512;
+extern const KernelsFor<bfloat16> kAvx512Bf16;
 #endif
 
 // The instruction sets this machine can run, slowest first.
 struct IsaList {
-  const Kernels* sets[3];
+  const Kernels* sets[4];
   int count;
 };
 IsaList available();
