@@ -113,8 +113,9 @@ struct ScheduleOf {
   }
 };
 
-// PyTorch's own threads, all running at once. Inside a parallel region of the caller's there is only
-// the calling one. No num_threads clause: GOMP would end and start threads whenever it changes.
+// PyTorch's own threads, all running at once. Inside a parallel region of the caller's there is
+// only the calling one. No num_threads clause: GOMP would end and start threads whenever it
+// changes.
 inline Parallel torch_threads() {
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
           [](int threads, void (*task)(void*, int, int), void* context) {

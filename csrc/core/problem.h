@@ -84,8 +84,8 @@ struct Schedule {
   }
 };
 
-// Threads to share work. run() calls task(context, i, n) for i in [0, n), all n at the same time, so
-// that they can wait for one another; n is `threads`, or less where the system gives less. It
+// Threads to share work. run() calls task(context, i, n) for i in [0, n), all n at the same time,
+// so that they can wait for one another; n is `threads`, or less where the system gives less. It
 // returns when all are done.
 struct Parallel {
   int threads = 1;

@@ -59,7 +59,8 @@ class BackwardLoop {
   // dx = du W_ih for the rows of a chunk that are the thread's own; a share of its steps where the
   // thread has columns of all rows.
   void input_gradient(const Chunk& chunk, const P* chunk_du, const Share& share, const Team& team) {
-    const Range steps = cut.columns ? team.share(chunk.t1 - chunk.t0) : Range{0, chunk.t1 - chunk.t0};
+    const Range steps =
+        cut.columns ? team.share(chunk.t1 - chunk.t0) : Range{0, chunk.t1 - chunk.t0};
     const P* du[kBlockRows];
     S* grad_x[kBlockRows];
     const S* x[kBlockRows];

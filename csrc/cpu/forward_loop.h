@@ -12,7 +12,7 @@ template <class S>
 struct ForwardBlock {
   using C = Compute<S>;
   const Operand<S>* arriving[kBlockRows];  // p_t
-  C* z[kBlockRows];                        // u_t, then z_t; the row of h itself but for narrow types
+  C* z[kBlockRows];  // u_t, then z_t; the row of h itself but for narrow types
   S* h[kBlockRows];
   S* f[kBlockRows];      // leaky only
   C* state[kBlockRows];  // converted types only: h_t as it was rounded, ready for the next product

@@ -1,12 +1,14 @@
 // AVX2 and FMA: Intel since Haswell (2013), AMD since Excavator (2015).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <thread>
 #include <type_traits>
 
+#include "arena.h"
 #include "kernels.h"
 
 // After the headers that other files share, so that none of their inline functions is compiled for

@@ -1,12 +1,14 @@
 // AVX-512 as in Skylake-SP (2017) and Zen 4 (2022).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <thread>
 #include <type_traits>
 
+#include "arena.h"
 #include "kernels.h"
 
 // After the headers that other files share, so that none of their inline functions is compiled for

@@ -2,10 +2,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <thread>
 #include <type_traits>
 
+#include "arena.h"
 #include "kernels.h"
 
 #define TORCH_BPTT_ISA baseline

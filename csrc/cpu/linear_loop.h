@@ -156,7 +156,8 @@ class AdjointLoop {
     }
   }
 
-  // du of the walk's chunk: one row of H for each of its rows, in memory order of a packed sequence.
+  // du of the walk's chunk: one row of H for each of its rows, in memory order of a packed
+  // sequence.
   const P* chunk_du(const AdjointWalk& walk) const { return du.get() + walk.first_slot() * H; }
 
  private:

@@ -23,6 +23,7 @@ TORCH_BPTT_KERNELS_BEGIN
 constexpr int kTileRows = 6;
 constexpr bool kManyRegisters = TORCH_BPTT_VECTOR_BYTES == 64;
 constexpr int kPanelVectors = kManyRegisters ? 4 : 2;
+constexpr bool kMaskedStores = TORCH_BPTT_VECTOR_BYTES == 64;
 
 // For one or two rows wider panels: each broadcast then serves four multiply-adds, where two would
 // leave the loads, not the arithmetic, as the limit. 8 sums (16 with AVX-512) hide the latency.
@@ -93,9 +94,9 @@ struct Panels {
         for (int64_t k = 0; k < units(K); k += L) {
           typename Product<P>::Units square[L];
           for (int64_t j = 0; j < L; ++j)
-            square[j] = j < rows ? Product<P>::read(source + (first + j) * K + k * terms,
-                                                    K - k * terms)
-                                 : typename Product<P>::Units{};
+            square[j] = j < rows
+                            ? Product<P>::read(source + (first + j) * K + k * terms, K - k * terms)
+                            : typename Product<P>::Units{};
           transpose(square);
           for (int64_t i = 0; i < smaller(L, units(K) - k); ++i)
             __builtin_memcpy(target + (k + i) * width, &square[i], sizeof square[i]);
@@ -175,8 +176,8 @@ struct Columns {  // side by side, a row of them for each k
 // One tile: `columns` columns of out, from `column` on.
 template <class P, class A>
 struct TileProblem {
-  int64_t K;              // terms
-  const A* const* a;      // what Source wants
+  int64_t K;          // terms
+  const A* const* a;  // what Source wants
   int64_t stride;
   const typename Product<P>::Unit* b;
   const Compute<P>* const* init;  // null: zeros
@@ -185,8 +186,8 @@ struct TileProblem {
   const Lines* lines;
 };
 
-// The end of a tile whose last vector is only partly columns. Apart from the tile, so that its
-// branches do not cost the tile registers.
+// The end of a tile whose last vector is only partly columns, where storing a part of a vector
+// takes branches. Apart from the tile, so that they do not cost the tile registers.
 template <class C>
 __attribute__((noinline)) void finish_narrow(int rows, int width, const C* sums,
                                              const C* const* init, C* const* out, int64_t column,
@@ -248,7 +249,7 @@ void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
   }
   const C* const* init = problem.init;
   C* const* out = problem.out;
-  if (problem.columns < VECTORS * L) {
+  if (!kMaskedStores && problem.columns < VECTORS * L) {
     C sums[ROWS * VECTORS * L];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -257,13 +258,19 @@ void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
     }
     return finish_narrow(ROWS, VECTORS * L, sums, init, out, problem.column, problem.columns);
   }
+  const auto finish = [&](int r, int v, auto lanes) {
+    const int64_t j = problem.column + v * L;
+    store(out[r] + j, init ? load(init[r] + j, lanes) + sum[0][r][v] : sum[0][r][v], lanes);
+  };
+  const Part last{int(problem.columns - (VECTORS - 1) * L)};
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      const int64_t j = problem.column + v * L;
-      store(out[r] + j, init ? load(init[r] + j, Whole{}) + sum[0][r][v] : sum[0][r][v], Whole{});
-    }
+    for (int v = 0; v < VECTORS - 1; ++v) finish(r, v, Whole{});
+    if constexpr (kMaskedStores)
+      finish(r, VECTORS - 1, last);
+    else
+      finish(r, VECTORS - 1, Whole{});
   }
 }
 
@@ -303,8 +310,8 @@ struct Tiles {
 // every part of out, once it is done for all rows and while it is in the first-level cache.
 template <class P, class Ahead, class After>
 void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t rows,
-              const P* const* a, const Compute<P>* const* init, Compute<P>* const* out,
-              Ahead ahead, After after) {
+              const P* const* a, const Compute<P>* const* init, Compute<P>* const* out, Ahead ahead,
+              After after) {
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
   for (int64_t p = b.panels(begin); p < b.panels(end); ++p) {
     const int64_t j = b.first_column(p), columns = b.columns(p);

@@ -1,13 +1,9 @@
-// What a matrix product multiplies: single elements, or pairs of them where the processor multiplies
-// pairs in one instruction.
+// What a matrix product multiplies: single elements, or pairs of them where the processor
+// multiplies pairs in one instruction.
 //
 // A product reads units: kTerms elements of its summed index side by side. Rows of a are read as
 // they lie in memory; b is gathered into units when it is packed.
 #pragma once
-
-#if defined(TORCH_BPTT_BF16_DOT)
-#include <immintrin.h>
-#endif
 
 #include "simd.h"
 

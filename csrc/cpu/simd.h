@@ -7,6 +7,10 @@
 // another's.
 #pragma once
 
+#if TORCH_BPTT_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "../core/activations.h"
@@ -124,6 +128,7 @@ TORCH_BPTT_INLINE void store(S* p, Vector<float> v, Whole) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
+// Lane by lane, where the processor has no instruction that leaves some out.
 template <class S>
 TORCH_BPTT_INLINE Vector<Compute<S>> load(const S* p, Part part) {
   S lanes[kLanes<Compute<S>>] = {};
@@ -136,6 +141,58 @@ TORCH_BPTT_INLINE void store(S* p, Vector<Compute<S>> v, Part part) {
   store(lanes, v, Whole{});
   for (int i = 0; i < part.count; ++i) p[i] = lanes[i];
 }
+
+#if TORCH_BPTT_VECTOR_BYTES == 64
+TORCH_BPTT_INLINE uint32_t mask(Part part) { return (1u << part.count) - 1; }
+TORCH_BPTT_INLINE Vector<float> load(const float* p, Part part) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16(mask(part)), p);
+}
+TORCH_BPTT_INLINE Vector<double> load(const double* p, Part part) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8(mask(part)), p);
+}
+TORCH_BPTT_INLINE void store(float* p, Vector<float> v, Part part) {
+  _mm512_mask_storeu_ps(p, __mmask16(mask(part)), (__m512)v);
+}
+TORCH_BPTT_INLINE void store(double* p, Vector<double> v, Part part) {
+  _mm512_mask_storeu_pd(p, __mmask8(mask(part)), (__m512d)v);
+}
+template <class S>
+TORCH_BPTT_INLINE Bits16 load_bits(const S* p, Part part) {
+  return (Bits16)_mm256_maskz_loadu_epi16(__mmask16(mask(part)), p);
+}
+TORCH_BPTT_INLINE Vector<float> load(const bfloat16* p, Part part) {
+  return widen(bfloat16{}, load_bits(p, part));
+}
+TORCH_BPTT_INLINE Vector<float> load(const float16* p, Part part) {
+  return widen(float16{}, load_bits(p, part));
+}
+TORCH_BPTT_INLINE void store(bfloat16* p, Vector<float> v, Part part) {
+  _mm256_mask_storeu_epi16(p, __mmask16(mask(part)), (__m256i)narrow(bfloat16{}, v));
+}
+TORCH_BPTT_INLINE void store(float16* p, Vector<float> v, Part part) {
+  _mm256_mask_storeu_epi16(p, __mmask16(mask(part)), (__m256i)narrow(float16{}, v));
+}
+#elif TORCH_BPTT_VECTOR_BYTES == 32
+TORCH_BPTT_INLINE __m256i mask32(Part part) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(part.count),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+TORCH_BPTT_INLINE __m256i mask64(Part part) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(part.count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+TORCH_BPTT_INLINE Vector<float> load(const float* p, Part part) {
+  return (Vector<float>)_mm256_maskload_ps(p, mask32(part));
+}
+TORCH_BPTT_INLINE Vector<double> load(const double* p, Part part) {
+  return (Vector<double>)_mm256_maskload_pd(p, mask64(part));
+}
+TORCH_BPTT_INLINE void store(float* p, Vector<float> v, Part part) {
+  _mm256_maskstore_ps(p, mask32(part), (__m256)v);
+}
+TORCH_BPTT_INLINE void store(double* p, Vector<double> v, Part part) {
+  _mm256_maskstore_pd(p, mask64(part), (__m256d)v);
+}
+#endif
 
 // The value that reading a stored v gives back.
 template <class S>

@@ -13,8 +13,8 @@
 TORCH_BPTT_KERNELS_BEGIN
 
 // Where the threads of a team wait for one another. Spinning: with both threads running it takes
-// about 0.1 us, a tenth of what waking one takes. A thread that waits long gives its processor away,
-// to the one it waits for if there are too few.
+// about 0.1 us, a tenth of what waking one takes. A thread that waits long gives its processor
+// away, to the one it waits for if there are too few.
 class Barrier {
  public:
   Barrier() = default;
@@ -62,9 +62,7 @@ class Team {
   Team(int index, int count, Barrier& barrier) : index(index), count(count), barrier(barrier) {}
 
   // This thread's share of `units` equal pieces of work.
-  Range share(int64_t units) const {
-    return {units * index / count, units * (index + 1) / count};
-  }
+  Range share(int64_t units) const { return {units * index / count, units * (index + 1) / count}; }
   void wait() const {
     if (count > 1) barrier.wait(count);
   }
@@ -105,7 +103,8 @@ void pack_transposed(const Panels<P>& b, const S* source, const Team& team) {
   b.pack_transposed(source, mine.begin, mine.end);
 }
 
-// ---- how the steps of a recurrence are cut -------------------------------------------------------
+// ---- how the steps of a recurrence are cut
+// -------------------------------------------------------
 
 // Below this much work (multiply-adds) a second thread costs more than it brings: waking it takes
 // about 5 us.
@@ -123,8 +122,8 @@ struct Share {
 
 // Chooses from what a step costs, in cycles: multiply-adds at the rate of the tiles (two vectors a
 // cycle), and no less than reading W_hh from the second-level cache (40 bytes a cycle measured,
-// Zen 5). Rows are cut in whole tiles, columns in whole panels; cut columns cost a barrier for every
-// step (500 cycles with the wait for the slower thread).
+// Zen 5). Rows are cut in whole tiles, columns in whole panels; cut columns cost a barrier for
+// every step (500 cycles with the wait for the slower thread).
 template <class C>
 Cut cut_steps(const Parallel& parallel, const Schedule& s, int64_t H, int64_t work) {
   constexpr int64_t kMultiplyAdds = 2 * kLanes<C>, kBytes = 40, kBarrier = 500;
@@ -133,8 +132,7 @@ Cut cut_steps(const Parallel& parallel, const Schedule& s, int64_t H, int64_t wo
   const int64_t by_columns = larger(1, smaller(most, H / (kColumnUnit<C>)));
   const int64_t read = H * H * int64_t(sizeof(C)) / kBytes;
   const int64_t rows_cost = larger(s.B * H * H / kMultiplyAdds / by_rows, read);
-  const int64_t columns_cost =
-      larger(s.B * H * H / kMultiplyAdds, read) / by_columns + kBarrier;
+  const int64_t columns_cost = larger(s.B * H * H / kMultiplyAdds, read) / by_columns + kBarrier;
   if (by_columns > 1 && columns_cost < rows_cost) return {int(by_columns), true};
   return {int(by_rows), false};
 }

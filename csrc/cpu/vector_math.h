@@ -55,10 +55,10 @@ struct VectorMath {
   using Bits = typename vector_of<C>::bits;
   using K = exp_constants<C>;
 
-  // tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps full accuracy near zero. What limits
-  // it is the latency of the chain (a processor has room to work on a few vectors at a time), so
-  // ln 2 is subtracted in one part: the error that leaves in e is n rounding errors of ln 2, and as
-  // e grows tanh depends on it less and less.
+  // tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps full accuracy near zero. What
+  // limits it is the latency of the chain (a processor has room to work on a few vectors at a
+  // time), so ln 2 is subtracted in one part: the error that leaves in e is n rounding errors of ln
+  // 2, and as e grows tanh depends on it less and less.
   static TORCH_BPTT_INLINE V tanh(V x) {
     const Bits sign = (Bits)x & sign_bit();
     const V magnitude = (V)((Bits)x ^ sign);
@@ -110,7 +110,8 @@ struct VectorMath {
     } else {
       constexpr int low = COUNT > 8 ? 8 : COUNT > 4 ? 4 : COUNT > 2 ? 2 : 1;
       const V power = low == 8 ? r8 : low == 4 ? r4 : low == 2 ? r2 : r;
-      return taylor<FIRST, low>(r, r2, r4, r8) + power * taylor<FIRST + low, COUNT - low>(r, r2, r4, r8);
+      return taylor<FIRST, low>(r, r2, r4, r8) +
+             power * taylor<FIRST + low, COUNT - low>(r, r2, r4, r8);
     }
   }
 };

@@ -46,9 +46,8 @@ class WeightGradients {
     if (p.grad_weight_hh)
       pack_rows({panels_p.get(), rows, p.H}, [&](int64_t t, int64_t b) { return arriving(t, b); });
     if (p.grad_weight_ih)
-      pack_rows({panels_x.get(), rows, p.I}, [&](int64_t t, int64_t b) {
-        return static_cast<const S*>(s.row(p.x, t, b));
-      });
+      pack_rows({panels_x.get(), rows, p.I},
+                [&](int64_t t, int64_t b) { return static_cast<const S*>(s.row(p.x, t, b)); });
     if constexpr (kPairs)
       if (products()) pair_rows(du, rows, columns_of(team));
   }

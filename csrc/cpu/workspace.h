@@ -3,29 +3,29 @@
 
 #include <cstdint>
 #include <cstring>
-#include <new>
 
+#include "arena.h"
 #include "simd.h"
 
 TORCH_BPTT_KERNELS_BEGIN
 
-// Uninitialised elements on a cache line boundary. Allocated outside of parallel regions, so that
-// running out of memory is an ordinary exception.
+// Uninitialised elements from the thread's arena. Made outside of parallel regions, so that running
+// out of memory is an ordinary exception, and destroyed in reverse order.
 template <class C>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<C*>(
-            ::operator new(uint64_t(count > 0 ? count : 1) * sizeof(C), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
+      : bytes_(uint64_t(count) * sizeof(C)),
+        data_(static_cast<C*>(Arena::of_this_thread().take(bytes_))) {}
+  ~Buffer() { Arena::of_this_thread().give(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   C* get() const { return data_; }
   void fill_zero(int64_t count) const { std::memset(data_, 0, uint64_t(count) * sizeof(C)); }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
-  C* data_;
+  const uint64_t bytes_;
+  C* const data_;
 };
 
 TORCH_BPTT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
