@@ -15,9 +15,9 @@
 TORCH_LIBRARY(torch_bptt, m) {
   m.set_python_module("torch_bptt.operators");
   m.def(
-      "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias, Tensor? "
-      "batch_sizes=None, "
-      "Tensor? keep=None, *, str activation, float alpha=1.0, bool reverse=False) "
+      "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, Tensor? batch_sizes=None, Tensor? keep=None, *, str activation, float "
+      "alpha=1.0, bool reverse=False) "
       "-> (Tensor h, Tensor h_n, Tensor f)");
   m.def(
       "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor f, "

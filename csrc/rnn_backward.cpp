@@ -31,11 +31,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     check_like(op, "grad_h", *grad_h, "x", x);
   }
   if (grad_h_n) {
-    check_shape(op, "grad_h_n", *grad_h_n, {sizes.B, H}, "(batch, hidden_size)");
+    check_shape(op, "grad_h_n", *grad_h_n, sizes.state_shape(H),
+                "(batch, hidden_size), and as many dimensions as x");
     check_like(op, "grad_h_n", *grad_h_n, "x", x);
   }
   if (h0) {
-    check_shape(op, "h0", *h0, {sizes.B, H}, "(batch, hidden_size)");
+    check_shape(op, "h0", *h0, sizes.state_shape(H),
+                "(batch, hidden_size), and as many dimensions as x");
     check_like(op, "h0", *h0, "x", x);
   }
 
@@ -47,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   Tensor grad_x =
       wanted[0] ? (none ? at::zeros_like(x) : at::empty_like(x)) : at::empty({0}, x.options());
   if (grad_x.size(-1) > 1 && grad_x.stride(-1) != 1) grad_x = at::empty(x.sizes(), x.options());
-  Tensor grad_h0 = output(wanted[1], {sizes.B, H});
+  Tensor grad_h0 = output(wanted[1], sizes.state_shape(H));
   Tensor grad_weight_ih = output(wanted[2], {H, I}), grad_weight_hh = output(wanted[3], {H, H}),
          grad_bias = output(wanted[4], {H});
   if (none) {

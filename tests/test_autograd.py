@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from cases import EVERYTHING, Case, grid, problem
+from cases import EVERYTHING, Case, Problem, grid, one_step, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference import loop_by_rows
@@ -23,11 +23,11 @@ from torch_bptt import reference
 from torch_bptt.autograd import rnn_layer
 
 TINY = Case(T=4, B=2, I=2, H=3)
-NAMES = ("x", "h0", "weight_ih", "weight_hh", "bias")
+NAMES = Problem.INPUTS
 
 
 def layer(p):
-    """The function under test with a problem's options, of the five tensors alone."""
+    """The function under test with a problem's options, of the six tensors alone."""
     return lambda *inputs: rnn_layer(*inputs, **p.backward_options)
 
 
@@ -74,6 +74,13 @@ def test_gradcheck_without_h0_or_bias(options, absent):
     p = problem(TINY.but(**options, **absent))
     assert gradcheck(layer(p), leaves(p), **FORWARD_AND_REVERSE)
     assert gradgradcheck(layer(p), leaves(p), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "keep": True, "reverse": True}], ids=str)
+def test_gradcheck_of_one_step(options):
+    p = one_step(problem(TINY.but(T=1, **options)))
+    assert gradcheck(layer(p), leaves(p), **FORWARD_AND_REVERSE)
+    assert gradgradcheck(layer(p), leaves(p), check_fwd_over_rev=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", grid(TINY, truncate=0, clip=None), ids=str)
@@ -229,7 +236,7 @@ def test_mixed_second_derivatives_are_those_of_the_loop(case):
     """Forward over reverse and reverse over forward."""
     p = problem(case)
     tangents = tuple(t.flip(0).contiguous() for t in p.inputs)
-    every_input = tuple(range(5))
+    every_input = tuple(range(6))
 
     def second(function):
         def loss(*inputs):
@@ -276,12 +283,13 @@ def test_jvp_along_one_argument(name):
 # --- vmap -----------------------------------------------------------------------------------------
 
 DIMS = {
-    "x": (0, None, None, None, None),
-    "h0": (None, 0, None, None, None),
-    "weights": (None, None, 0, 0, 0),
-    "weight_hh": (None, None, None, 0, None),
-    "all": (0, 0, 0, 0, 0),
-    "other_dims": (1, 2, 1, -1, 1),
+    "x": (0, None, None, None, None, None),
+    "h0": (None, 0, None, None, None, None),
+    "weights": (None, None, 0, 0, 0, 0),
+    "weight_hh": (None, None, None, 0, None, None),
+    "one_bias": (None, None, None, None, None, 0),
+    "all": (0, 0, 0, 0, 0, 0),
+    "other_dims": (1, 2, 1, -1, 1, 1),
 }
 
 
@@ -330,7 +338,7 @@ def test_vmap_of_gradients(case, dims):
             output, h_n = function(*inputs)
             return (output * p.grad_h).sum() + (h_n * p.grad_h_n).square().sum()
 
-        return grad(loss, argnums=tuple(range(5)))
+        return grad(loss, argnums=tuple(range(6)))
 
     got = vmap(gradients(layer(p)), in_dims=dims)(*inputs)
     assert_close(got, stacked(gradients(by_loop(p))(*call) for call in calls))
@@ -340,18 +348,19 @@ def test_vmap_twice():
     p = problem(TINY)
     x = torch.stack([p.x, 2 * p.x, -p.x])
     weights = torch.stack([p.weight_hh, -p.weight_hh])
-    inner = vmap(layer(p), in_dims=(0, None, None, None, None))
-    got = vmap(inner, in_dims=(None, None, None, 0, None))(x, p.h0, p.weight_ih, weights, p.bias)
+    inner = vmap(layer(p), in_dims=DIMS["x"])
+    x_and_weights = x, p.h0, p.weight_ih, weights, p.bias_ih, p.bias_hh
+    got = vmap(inner, in_dims=DIMS["weight_hh"])(*x_and_weights)
     for i, w in enumerate(weights):
         for j, data in enumerate(x):
-            expected = by_reference(p)(data, p.h0, p.weight_ih, w, p.bias)
+            expected = by_reference(p)(data, p.h0, p.weight_ih, w, p.bias_ih, p.bias_hh)
             assert_close((got[0][i, j], got[1][i, j]), expected)
 
 
 def test_vmap_of_backward_over_an_empty_f():
     """f is empty where alpha is 1; it is mapped where forward was a call for each sample."""
     p = problem(TINY)
-    h = reference.rnn_forward(p.x, p.h0, p.weight_ih, p.weight_hh, p.bias, activation="tanh")[0]
+    h, _ = by_reference(p)(*p.inputs)
     grad_h = torch.stack([p.grad_h, -2 * p.grad_h])
 
     def grad_x(grad_h, f):
@@ -368,13 +377,14 @@ def test_gradients_of_each_sample():
     p = problem(Case(B=4))
 
     def loss(weight_hh, x, h0, function):
-        output, _ = function(x[:, None], h0[None], p.weight_ih, weight_hh, p.bias)
+        biases = p.bias_ih, p.bias_hh
+        output, _ = function(x[:, None], h0[:, None], p.weight_ih, weight_hh, *biases)
         return output.square().sum()
 
-    got = vmap(lambda x, h0: grad(loss)(p.weight_hh, x, h0, layer(p)), in_dims=(1, 0))(p.x, p.h0)
+    got = vmap(lambda x, h0: grad(loss)(p.weight_hh, x, h0, layer(p)), in_dims=1)(p.x, p.h0)
     for row in range(4):
         weight_hh = p.weight_hh.clone().requires_grad_()
-        value = loss(weight_hh, p.x[:, row], p.h0[row], by_reference(p))
+        value = loss(weight_hh, p.x[:, row], p.h0[:, row], by_reference(p))
         assert_close(got[row], torch.autograd.grad(value, weight_hh)[0])
 
 
@@ -483,15 +493,15 @@ class Wanted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mask", range(1, 32))
+@pytest.mark.parametrize("mask", range(1, 64))
 def test_only_wanted_gradients_are_computed(mask):
     p = problem(TINY)
-    wanted = [bool(mask >> i & 1) for i in range(5)]
+    wanted = [bool(mask >> i & 1) for i in range(6)]
     inputs = [t.clone().requires_grad_(want) for t, want in zip(p.inputs, wanted, strict=True)]
     output, h_n = layer(p)(*inputs)
     with Wanted() as notes:
         torch.autograd.backward((output, h_n), (p.grad_h, p.grad_h_n))
-    assert notes.seen == [wanted]
+    assert notes.seen == [[*wanted[:4], wanted[4] or wanted[5]]]
     inputs_of_loop = leaves(p)
     expected = torch.autograd.grad(
         by_loop(p)(*inputs_of_loop), inputs_of_loop, (p.grad_h, p.grad_h_n)
@@ -556,6 +566,12 @@ def test_edges(size):
     assert_close(derivatives(layer(p), p, 2), derivatives(by_reference(p), p, 2))
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_edges_of_one_step(rows):
+    p = one_step(problem(TINY.but(T=1, B=rows)))
+    assert_close(derivatives(layer(p), p, 2), derivatives(by_reference(p), p, 2))
+
+
 def test_no_steps():
     p = problem(TINY.but(T=0))
     assert_close(derivatives(layer(p), p, 1), derivatives(by_reference(p), p, 1))
@@ -575,7 +591,7 @@ TRAIN_ONE_STEP = """
             return int(file.read().split()[1]) * resource.getpagesize()
 
     def inputs(T):
-        shapes = (T, B, I), (B, H), (H, I), (H, H), (H,)
+        shapes = (T, B, I), (1, B, H), (H, I), (H, H), (H,), (H,)
         return [torch.full(shape, 0.01).requires_grad_() for shape in shapes]
 
     def train(tensors, grad_output):

@@ -14,17 +14,35 @@ ops = torch.ops.torch_bptt
 # ---- shapes: the meta device, torch.compile, torch.export ----------------------------------------
 
 
-def _batch(data: Tensor, batch_sizes: Tensor | None) -> int:
+def _state_shape(
+    data: Tensor, batch_sizes: Tensor | None, hidden: int, h0: Tensor | None = None
+) -> tuple[int, ...]:
+    if h0 is not None:
+        return h0.shape
     if batch_sizes is None:
-        return data.shape[1]
-    return batch_sizes[0].item() if len(batch_sizes) else 0
+        batch = data.shape[-2]
+    else:
+        batch = batch_sizes[0].item() if len(batch_sizes) else 0
+    return (batch, hidden) if data.dim() == 2 else (1, batch, hidden)
 
 
 @torch.library.register_fake("torch_bptt::rnn_forward")
-def _(x, h0, weight_ih, weight_hh, bias, batch_sizes=None, keep=None, *, alpha=1.0, **options):
+def _(
+    x,
+    h0,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    batch_sizes=None,
+    keep=None,
+    *,
+    alpha=1.0,
+    **options,
+):
     hidden = weight_hh.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
-    h_n = x.new_empty((_batch(x, batch_sizes) if h0 is None else h0.shape[0], hidden))
+    h_n = x.new_empty(_state_shape(x, batch_sizes, hidden, h0))
     return h, h_n, x.new_empty((0,)) if alpha == 1 else torch.empty_like(h)
 
 
@@ -45,13 +63,13 @@ def _(
     **options,
 ):
     hidden = weight_hh.shape[0]
-    batch = (_batch(x, batch_sizes) if h0 is None else h0.shape[0]) if wanted[1] else 0
+    state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] else ()
     grad_x = torch.empty_like(x)
     if x.shape[-1] > 1 and grad_x.stride(-1) != 1:
         grad_x = x.new_empty(x.shape)
     outputs = (
         grad_x,
-        x.new_empty((batch, hidden)),
+        x.new_empty(state),
         x.new_empty(weight_ih.shape),
         x.new_empty(weight_hh.shape),
         x.new_empty((hidden,)),
@@ -61,7 +79,7 @@ def _(
 
 @torch.library.register_fake("torch_bptt::adjoint_scan")
 def _(g, gate, weight_hh, batch_sizes=None, keep=None, **options):
-    return g.new_empty(g.shape), g.new_empty((_batch(g, batch_sizes), g.shape[-1]))
+    return g.new_empty(g.shape), g.new_empty(_state_shape(g, batch_sizes, g.shape[-1]))
 
 
 @torch.library.register_fake("torch_bptt::tangent_scan")

@@ -250,12 +250,9 @@ class RNNCell(nn.RNNCellBase):
         weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
         batched = input.dim() == 2
-        _, h = layer(
-            input.unsqueeze(0) if batched else input[None, None],
-            hx if batched or hx is None else hx.unsqueeze(0),
-            *weights,
-            activation=self.nonlinearity,
-        )
+        if not batched:
+            input, hx = input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)
+        h, _ = layer(input, hx, *weights, activation=self.nonlinearity)
         return h if batched else h.squeeze(0)
 
     @classmethod

@@ -92,10 +92,11 @@ class ForwardLoop {
     weight_ih().pack_transposed(p.weight_ih);
     weight_hh().pack_transposed(p.weight_hh);
     zeros.fill_zero(p.H);
-    if (p.bias)
-      convert_row(p.bias, bias.get(), p.H);
-    else
-      bias.fill_zero(p.H);
+    bias.fill_zero(p.H);
+    for (const S* part : p.bias)
+      for_columns<C>(0, part ? p.H : 0, [&](int64_t j, auto lanes) {
+        store(bias.get() + j, load(bias.get() + j, lanes) + load(part + j, lanes), lanes);
+      });
     for (int64_t b = 0; kNarrow<S> && p.h0.data && b < s.B; ++b)
       convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
     for_each_task(parallel, tasks, [this](int task) { run_task(task); });
