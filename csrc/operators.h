@@ -17,17 +17,17 @@ namespace torch_bptt {
 // -> h as x with H features; h_n, a state; f(z_t) as h, empty when alpha is 1
 std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& batch_sizes,
-    const OptionalTensor& keep, std::string_view activation, double alpha, bool reverse);
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse);
 
 // -> grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias; those not wanted are empty and
 // cost nothing
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
     const OptionalTensor& h0, const Tensor& h, const Tensor& f, const Tensor& weight_ih,
-    const Tensor& weight_hh, const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-    std::string_view activation, double alpha, bool reverse, int64_t truncate,
-    std::optional<double> clip, std::array<bool, 5> wanted);
+    const Tensor& weight_hh, std::string_view activation, std::array<bool, 5> wanted,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
+    int64_t truncate, std::optional<double> clip);
 
 // -> d as g; d0, a state
 std::tuple<Tensor, Tensor> adjoint_scan(const Tensor& g, const Tensor& gate,

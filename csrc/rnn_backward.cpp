@@ -8,9 +8,9 @@ namespace torch_bptt {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
     const OptionalTensor& h0, const Tensor& h, const Tensor& f, const Tensor& weight_ih,
-    const Tensor& weight_hh, const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-    std::string_view activation_name, double alpha, bool reverse, int64_t truncate,
-    std::optional<double> clip, std::array<bool, 5> wanted) {
+    const Tensor& weight_hh, std::string_view activation_name, std::array<bool, 5> wanted,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
+    int64_t truncate, std::optional<double> clip) {
   constexpr const char* op = "rnn_backward";
   const Sizes sizes(op, "x", x, batch_sizes);
   const int64_t I = x.size(-1), H = weight_hh.size(0);

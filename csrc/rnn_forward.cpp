@@ -6,8 +6,8 @@ namespace torch_bptt {
 
 std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& batch_sizes,
-    const OptionalTensor& keep, std::string_view activation_name, double alpha, bool reverse) {
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation_name,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse) {
   constexpr const char* op = "rnn_forward";
   const Sizes sizes(op, "x", x, batch_sizes);
   const int64_t I = x.size(-1), H = weight_hh.size(0);

@@ -20,15 +20,19 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_bptt import reference
-from torch_bptt.autograd import rnn_layer
+from torch_bptt.autograd import Options, rnn_layer
 
 TINY = Case(T=4, B=2, I=2, H=3)
 NAMES = Problem.INPUTS
 
 
+def run_layer(*inputs, batch_sizes=None, keep=None, **options):
+    return rnn_layer(*inputs, batch_sizes, keep, Options(**options))
+
+
 def layer(p):
     """The function under test with a problem's options, of the six tensors alone."""
-    return lambda *inputs: rnn_layer(*inputs, **p.backward_options)
+    return lambda *inputs: run_layer(*inputs, **p.backward_options)
 
 
 def by_loop(p):
@@ -192,7 +196,7 @@ def test_truncation_is_a_loop_of_calls_that_detaches(options, reverse):
         part = slice(start, start + 2)
         keep = None if p.keep is None else p.keep[part]
         options = {**p.backward_options, "keep": keep, "truncate": 0}
-        outputs[start], state = rnn_layer(x[part], state, *weights, **options)
+        outputs[start], state = run_layer(x[part], state, *weights, **options)
         final, state = state, state.detach()
     output = torch.cat([outputs[start] for start in sorted(outputs)])
     got = torch.autograd.grad((output, final), inputs, directions)
@@ -211,8 +215,8 @@ def test_state_carried_between_calls_carries_its_gradient(clip):
     whole = layer(p)(*inputs)
     expected = torch.autograd.grad(whole, inputs, (p.grad_h, p.grad_h_n))
     options = p.backward_options
-    one, state = rnn_layer(x[:3], h0, *weights, **{**options, "keep": p.keep[:3]})
-    two, state = rnn_layer(x[3:], state, *weights, **{**options, "keep": p.keep[3:]})
+    one, state = run_layer(x[:3], h0, *weights, **{**options, "keep": p.keep[:3]})
+    two, state = run_layer(x[3:], state, *weights, **{**options, "keep": p.keep[3:]})
     got = torch.autograd.grad((torch.cat([one, two]), state), inputs, (p.grad_h, p.grad_h_n))
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b)
@@ -489,7 +493,8 @@ class Wanted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.name() == "torch_bptt::rnn_backward":
-            self.seen.append(list(kwargs["wanted"]))
+            names = [argument.name for argument in function._schema.arguments]
+            self.seen.append(list(args[names.index("wanted")]))
         return function(*args, **(kwargs or {}))
 
 
@@ -581,7 +586,7 @@ def test_no_steps():
 
 TRAIN_ONE_STEP = """
     import resource, torch
-    from torch_bptt.autograd import rnn_layer
+    from torch_bptt.autograd import Options, rnn_layer
 
     T, B, I, H = 2000, 64, 64, 256
     MIB = 2**20
@@ -595,7 +600,7 @@ TRAIN_ONE_STEP = """
         return [torch.full(shape, 0.01).requires_grad_() for shape in shapes]
 
     def train(tensors, grad_output):
-        output, h_n = rnn_layer(*tensors, activation="tanh")
+        output, h_n = rnn_layer(*tensors, None, None, Options("tanh"))
         output.backward(grad_output)
         return output
 

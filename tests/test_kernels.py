@@ -584,9 +584,9 @@ def test_wrong_packed_input_of_forward(name, change, words):
 @pytest.mark.parametrize(("sizes", "got"), [([4, 4, 1], 9), ([3, 2, 2], 7)])
 def test_batch_sizes_that_do_not_add_up_are_counted(sizes, got):
     x, weight_ih, weight_hh = torch.randn(8, 2), torch.randn(3, 2), torch.randn(3, 3)
-    operands = x, None, weight_ih, weight_hh, None, None, torch.tensor(sizes)
+    operands = x, None, weight_ih, weight_hh, None, None, "tanh", torch.tensor(sizes)
     with pytest.raises(ValueError, match=f"batch_sizes .* expected 8, got {got}$"):
-        torch.ops.torch_bptt.rnn_forward(*operands, activation="tanh")
+        torch.ops.torch_bptt.rnn_forward(*operands)
 
 
 @pytest.mark.parametrize(("name", "change", "words"), every(WRONG_BACKWARD))

@@ -24,6 +24,23 @@ from torch_bptt.operators import ops
 from torch_bptt.reference import activations
 
 
+class Options(NamedTuple):
+    """What is no tensor about a layer; one argument of its Function, as each costs 0.1 us there.
+
+    activation: a key of ``reference.activations``.
+    alpha: share of the new value in the state, in (0, 1].
+    reverse: from the last step of each row to its first.
+    truncate: cut the gradient after every so many steps; 0 never.
+    clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
+    """
+
+    activation: str
+    alpha: float = 1.0
+    reverse: bool = False
+    truncate: int = 0
+    clip: float | None = None
+
+
 def rnn_layer(
     x: Tensor,
     h0: Tensor | None,
@@ -31,14 +48,9 @@ def rnn_layer(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    *,
-    activation: str,
-    alpha: float = 1.0,
-    batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
-    reverse: bool = False,
-    truncate: int = 0,
-    clip: float | None = None,
+    batch_sizes: Tensor | None,
+    keep: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer in one direction over a whole sequence.
 
@@ -51,13 +63,8 @@ def rnn_layer(
             zeros.
         weight_ih, weight_hh: (H, I) and (H, H), dtype and device of x.
         bias_ih, bias_hh: (H) each, dtype and device of x, or None.
-        activation: a key of ``reference.activations``.
-        alpha: share of the new value in the state, in (0, 1].
         batch_sizes: rows alive at each step (T), int64 on the CPU, never increasing.
         keep: bool (T, B), False where the state arriving at a step counts as zero.
-        reverse: from the last step of each row to its first.
-        truncate: cut the gradient after every so many steps; 0 never.
-        clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
 
     Returns:
         output, every h_t, as x with H features; h_n, the state after each row's last step, shaped
@@ -70,21 +77,10 @@ def rnn_layer(
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
-    options = Options(activation, alpha, reverse, truncate, clip)
     h, h_n, _ = _apply(
         RNNForward, x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
     )
     return h, h_n
-
-
-class Options(NamedTuple):
-    """What is no tensor: one argument of RNNForward, as each costs 0.1 us there."""
-
-    activation: str
-    alpha: float
-    reverse: bool
-    truncate: int
-    clip: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +267,8 @@ class RNNForward(Function):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
     ):  # fmt: skip
         return ops.rnn_forward.default(
-            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep,
-            activation=options.activation, alpha=options.alpha, reverse=options.reverse,
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
+            options.alpha, options.reverse,
         )  # fmt: skip
 
     @staticmethod
@@ -363,9 +359,8 @@ class RNNBackward(Function):
         grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options, wanted
     ):  # fmt: skip
         return ops.rnn_backward.default(
-            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
-            activation=options.activation, alpha=options.alpha, reverse=options.reverse,
-            truncate=options.truncate, clip=options.clip, wanted=wanted,
+            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation, wanted,
+            batch_sizes, keep, options.alpha, options.reverse, options.truncate, options.clip,
         )  # fmt: skip
 
     @staticmethod
@@ -391,10 +386,7 @@ class AdjointScan(Function):
 
     @staticmethod
     def forward(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.adjoint_scan(
-            g, gate, weight_hh, batch_sizes, keep,
-            alpha=alpha, reverse=reverse, truncate=truncate,
-        )  # fmt: skip
+        return ops.adjoint_scan(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -442,10 +434,7 @@ class TangentScan(Function):
 
     @staticmethod
     def forward(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.tangent_scan(
-            c, q0, gate, weight_hh, batch_sizes, keep,
-            alpha=alpha, reverse=reverse, truncate=truncate,
-        )  # fmt: skip
+        return ops.tangent_scan(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -34,11 +34,11 @@ def _(
     weight_hh,
     bias_ih,
     bias_hh,
+    activation,
     batch_sizes=None,
     keep=None,
-    *,
     alpha=1.0,
-    **options,
+    *options,
 ):
     hidden = weight_hh.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
@@ -56,11 +56,10 @@ def _(
     f,
     weight_ih,
     weight_hh,
-    batch_sizes=None,
-    keep=None,
-    *,
+    activation,
     wanted,
-    **options,
+    batch_sizes=None,
+    *options,
 ):
     hidden = weight_hh.shape[0]
     state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] else ()
@@ -78,12 +77,12 @@ def _(
 
 
 @torch.library.register_fake("torch_bptt::adjoint_scan")
-def _(g, gate, weight_hh, batch_sizes=None, keep=None, **options):
+def _(g, gate, weight_hh, batch_sizes=None, *options):
     return g.new_empty(g.shape), g.new_empty(_state_shape(g, batch_sizes, g.shape[-1]))
 
 
 @torch.library.register_fake("torch_bptt::tangent_scan")
-def _(c, q0, gate, weight_hh, batch_sizes=None, keep=None, **options):
+def _(c, *others):
     return c.new_empty(c.shape)
 
 
@@ -118,19 +117,19 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     Arguments:
         name: the operator.
         rows: its arguments that hold rows of features, which the mapped dimension can join.
-        may_fold: whether one call will do with these options, if nothing but rows is mapped.
+        may_fold: whether one call will do with these arguments, if nothing but rows is mapped.
     """
     op = getattr(ops, name)
-    arguments = [a.name for a in op.default._schema.arguments if not a.kwarg_only]
+    arguments = [a.name for a in op.default._schema.arguments]
 
-    def rule(info, in_dims, *args, **options):
+    def rule(info, in_dims, *args):
         size = info.batch_size
         args = dict(zip(arguments, args, strict=False))
         dims = dict(zip(arguments, in_dims, strict=False))
-        mapped = {a for a, dim in dims.items() if dim is not None}
+        mapped = {a for a, dim in dims.items() if isinstance(dim, int)}
         if "batch_sizes" in mapped:
             raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
-        if mapped <= rows | {"keep"} and may_fold(options):
+        if mapped <= rows | {"keep"} and may_fold(args):
             for a in rows & args.keys():
                 tensor, dim = args[a], dims[a]
                 if tensor is not None and tensor.dim() - (dim is not None) == 1:
@@ -140,16 +139,13 @@ def _register(name: str, rows: set[str], may_fold) -> None:
             args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
             if args.get("batch_sizes") is not None:
                 args["batch_sizes"] = args["batch_sizes"] * size
-            outputs = op(**args, **options)
+            outputs = op(**args)
             if isinstance(outputs, Tensor):
                 return _unfold(outputs, size)
             folded = [_unfold(o, size) for o in outputs]
             return tuple(o for o, _ in folded), tuple(dim for _, dim in folded)
         calls = [
-            op(
-                **{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()},
-                **options,
-            )
+            op(**{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()})
             for i in range(size)
         ]
         if isinstance(calls[0], Tensor):
@@ -159,11 +155,11 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     torch.library.register_vmap(f"torch_bptt::{name}", rule)
 
 
-_register("rnn_forward", {"x", "h0"}, lambda options: True)
+_register("rnn_forward", {"x", "h0"}, lambda args: True)
 _register(
     "rnn_backward",
     {"grad_h", "grad_h_n", "x", "h0", "h", "f"},
-    lambda options: not any(options["wanted"][2:]),
+    lambda args: not any(args["wanted"][2:]),
 )
-_register("adjoint_scan", {"g", "gate"}, lambda options: True)
-_register("tangent_scan", {"c", "q0", "gate"}, lambda options: True)
+_register("adjoint_scan", {"g", "gate"}, lambda args: True)
+_register("tangent_scan", {"c", "q0", "gate"}, lambda args: True)
