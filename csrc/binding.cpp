@@ -20,7 +20,7 @@ TORCH_LIBRARY(torch_bptt, m) {
       "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
       "float alpha=1.0, bool reverse=False) -> (Tensor h, Tensor h_n, Tensor f)");
   m.def(
-      "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor f, "
+      "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor? f, "
       "Tensor weight_ih, Tensor weight_hh, str activation, bool[5] wanted, "
       "Tensor? batch_sizes=None, Tensor? keep=None, float alpha=1.0, bool reverse=False, "
       "int truncate=0, float? clip=None) -> (Tensor grad_x, Tensor grad_h0, "

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
 // cost nothing
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
-    const OptionalTensor& h0, const Tensor& h, const Tensor& f, const Tensor& weight_ih,
+    const OptionalTensor& h0, const Tensor& h, const OptionalTensor& f, const Tensor& weight_ih,
     const Tensor& weight_hh, std::string_view activation, std::array<bool, 5> wanted,
     const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
     int64_t truncate, std::optional<double> clip);

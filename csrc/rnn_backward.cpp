@@ -7,7 +7,7 @@ namespace torch_bptt {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
-    const OptionalTensor& h0, const Tensor& h, const Tensor& f, const Tensor& weight_ih,
+    const OptionalTensor& h0, const Tensor& h, const OptionalTensor& f, const Tensor& weight_ih,
     const Tensor& weight_hh, std::string_view activation_name, std::array<bool, 5> wanted,
     const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
     int64_t truncate, std::optional<double> clip) {
@@ -21,11 +21,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   check_shape(op, "weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
   check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
   check_shape(op, "h", h, sizes.shape(H), "of the output of rnn_forward");
-  if (alpha != 1) check_shape(op, "f", f, sizes.shape(H), "of the output of rnn_forward");
   check_like(op, "weight_ih", weight_ih, "x", x);
   check_like(op, "weight_hh", weight_hh, "x", x);
   check_like(op, "h", h, "x", x);
-  if (alpha != 1) check_like(op, "f", f, "x", x);
+  if (alpha != 1) {
+    TORCH_CHECK_VALUE(
+        f, op,
+        ": f must be given where alpha is not 1, expected an output of rnn_forward, got None");
+    check_shape(op, "f", *f, sizes.shape(H), "of the output of rnn_forward");
+    check_like(op, "f", *f, "x", x);
+  }
   if (grad_h) {
     check_shape(op, "grad_h", *grad_h, sizes.shape(H), "of h");
     check_like(op, "grad_h", *grad_h, "x", x);
@@ -60,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   const OptionalTensor grad_h_rows = with_feature_rows(grad_h),
                        grad_h_n_rows = with_feature_rows(grad_h_n), h0_rows = with_feature_rows(h0);
   const Tensor x_rows = with_feature_rows(x), h_rows = with_feature_rows(h),
-               f_rows = alpha == 1 ? h_rows : with_feature_rows(f),
+               f_rows = alpha == 1 ? h_rows : with_feature_rows(*f),
                weight_ih_rows = weight_ih.contiguous(), weight_hh_rows = weight_hh.contiguous();
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;

@@ -625,10 +625,11 @@ def test_dtypes_without_kernels_are_refused(dtype):
         OPERATORS.rnn_forward(*p.inputs, **p.forward_options)
 
 
-def test_state_without_f_is_refused_where_alpha_needs_it():
+@pytest.mark.parametrize("f", [torch.empty(0), None], ids=["empty", "None"])
+def test_state_without_f_is_refused_where_alpha_needs_it(f):
     p = problem(Case(alpha=0.3), torch.float32)
     state = forward(OPERATORS, p)
-    call = lambda: backward(OPERATORS, p, state["h"], torch.empty(0))  # noqa: E731
+    call = lambda: backward(OPERATORS, p, state["h"], f)  # noqa: E731
     assert_refused(call, "f", "")
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from torch_bptt.operators import ops
@@ -230,7 +229,10 @@ def _apply(function: type[Function], *args):
     derivatives = torch.is_grad_enabled() or forward_ad._current_level >= 0
     if not derivatives and not torch.jit.is_tracing():
         return function.forward(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))
+    # As Function.apply does; what functorch may have left behind is a plain tensor, no Parameter.
+    unwrap = _functorch.unwrap_if_dead
+    args = [unwrap(arg) if type(arg) is Tensor else arg for arg in args]
+    return super(Function, function).apply(*args)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -266,20 +268,23 @@ class RNNForward(Function):
     def forward(
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
     ):  # fmt: skip
-        return ops.rnn_forward.default(
+        h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
             options.alpha, options.reverse,
         )  # fmt: skip
+        return h, h_n, f if options.alpha != 1 else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, h0, weight_ih, weight_hh, _, _, batch_sizes, keep, ctx.options = inputs
         h, _, f = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(f)
+        if f is not None:
+            ctx.mark_non_differentiable(f)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, grad_h, grad_h_n, _):

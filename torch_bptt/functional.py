@@ -127,13 +127,13 @@ def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
 
 
 def _run_batch(stack, input, hx, lengths, reset, batch_first):
-    rows, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+    steps = input.shape[1 if batch_first else 0]
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if batch_first and reset is not None:
         reset = reset.T
     if lengths is not None:
-        lengths = checks.check_lengths(lengths, steps, rows)
+        lengths = checks.check_lengths(lengths, steps, input.shape[0 if batch_first else 1])
         return _run_padded(stack, input, hx, lengths, reset, batch_first)
     x = input.transpose(0, 1) if batch_first else input
     output, h_n = stack(x, hx, None, reset)

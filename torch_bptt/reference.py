@@ -175,7 +175,7 @@ def rnn_backward(
         grad_h, grad_h_n: gradients of h, (T, B, H) or (N, H), and of the state h_n; None means
             zeros.
         x, h0, weight_ih, weight_hh and the options: as given to rnn_forward.
-        h, f: as returned by it.
+        h, f: as returned by it; f may be None where alpha is 1.
         truncate: k > 0 cuts the gradient before a row's own steps k, 2k, ...; 0 never does. See
             adjoint_scan.
         clip: c clamps every d_t to [-c, c]; dh0 is not clamped. None clamps nothing.
