@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/DimVector.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -46,25 +47,25 @@ inline void check_clip(const char* op, const std::optional<double>& clip) {
                     ": clip must be a bound, expected None or 0 or more, got ", *clip);
 }
 
-// The sizes of one call, read from a (T, B, features) or packed (N, features) tensor, and which
-// rows exist when.
+// The sizes of one call, read from a (T, B, features) or packed (N, features) tensor, or from a
+// single step of (B, features), and which rows exist when.
 struct Sizes {
-  int64_t T = 0, B = 0;
+  int64_t T = 0, B = 0, dims = 0;
   std::vector<int64_t> offsets, lengths;  // empty: dense
 
   Sizes(const char* op, const char* name, const Tensor& data, const OptionalTensor& batch_sizes) {
+    dims = data.dim();
     if (!batch_sizes) {
-      TORCH_CHECK_VALUE(
-          data.dim() == 3, op, ": ", name,
-          " must have 3 dimensions (steps, batch, features), or 2 with batch_sizes, got ",
-          data.dim());
-      T = data.size(0);
-      B = data.size(1);
+      TORCH_CHECK_VALUE(dims == 3 || dims == 2, op, ": ", name,
+                        " must have 3 dimensions (steps, batch, features), or 2 (batch, features) "
+                        "for one step, got ",
+                        dims);
+      T = dims == 3 ? data.size(0) : 1;
+      B = data.size(-2);
       return;
     }
-    TORCH_CHECK_VALUE(data.dim() == 2, op, ": ", name,
-                      " must have 2 dimensions (rows, features) with batch_sizes, got ",
-                      data.dim());
+    TORCH_CHECK_VALUE(dims == 2, op, ": ", name,
+                      " must have 2 dimensions (rows, features) with batch_sizes, got ", dims);
     TORCH_CHECK_TYPE(batch_sizes->scalar_type() == at::kLong && batch_sizes->device().is_cpu() &&
                          batch_sizes->dim() == 1,
                      op, ": batch_sizes must be a 1-D int64 tensor on the CPU, got ",
@@ -97,9 +98,14 @@ struct Sizes {
   bool packed() const { return !offsets.empty(); }
   int64_t rows() const { return packed() ? offsets.back() : T * B; }
   // The shape of a tensor with one row of `features` for each row there is.
-  std::vector<int64_t> shape(int64_t features) const {
-    if (packed()) return {rows(), features};
+  c10::DimVector shape(int64_t features) const {
+    if (dims == 2) return {rows(), features};
     return {T, B, features};
+  }
+  // The shape of h0 and h_n: one step, with as many dimensions.
+  c10::DimVector state_shape(int64_t features) const {
+    if (dims == 2) return {B, features};
+    return {1, B, features};
   }
 };
 

@@ -7,10 +7,10 @@ namespace torch_bptt {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
-    const OptionalTensor& h0, const Tensor& h, const Tensor& f, const Tensor& weight_ih,
-    const Tensor& weight_hh, const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-    std::string_view activation_name, double alpha, bool reverse, int64_t truncate,
-    std::optional<double> clip, std::array<bool, 5> wanted) {
+    const OptionalTensor& h0, const Tensor& h, const OptionalTensor& f, const Tensor& weight_ih,
+    const Tensor& weight_hh, std::string_view activation_name, std::array<bool, 5> wanted,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
+    int64_t truncate, std::optional<double> clip) {
   constexpr const char* op = "rnn_backward";
   const Sizes sizes(op, "x", x, batch_sizes);
   const int64_t I = x.size(-1), H = weight_hh.size(0);
@@ -21,21 +21,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   check_shape(op, "weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
   check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
   check_shape(op, "h", h, sizes.shape(H), "of the output of rnn_forward");
-  if (alpha != 1) check_shape(op, "f", f, sizes.shape(H), "of the output of rnn_forward");
   check_like(op, "weight_ih", weight_ih, "x", x);
   check_like(op, "weight_hh", weight_hh, "x", x);
   check_like(op, "h", h, "x", x);
-  if (alpha != 1) check_like(op, "f", f, "x", x);
+  if (alpha != 1) {
+    TORCH_CHECK_VALUE(
+        f, op,
+        ": f must be given where alpha is not 1, expected an output of rnn_forward, got None");
+    check_shape(op, "f", *f, sizes.shape(H), "of the output of rnn_forward");
+    check_like(op, "f", *f, "x", x);
+  }
   if (grad_h) {
     check_shape(op, "grad_h", *grad_h, sizes.shape(H), "of h");
     check_like(op, "grad_h", *grad_h, "x", x);
   }
   if (grad_h_n) {
-    check_shape(op, "grad_h_n", *grad_h_n, {sizes.B, H}, "(batch, hidden_size)");
+    check_shape(op, "grad_h_n", *grad_h_n, sizes.state_shape(H),
+                "(batch, hidden_size), and as many dimensions as x");
     check_like(op, "grad_h_n", *grad_h_n, "x", x);
   }
   if (h0) {
-    check_shape(op, "h0", *h0, {sizes.B, H}, "(batch, hidden_size)");
+    check_shape(op, "h0", *h0, sizes.state_shape(H),
+                "(batch, hidden_size), and as many dimensions as x");
     check_like(op, "h0", *h0, "x", x);
   }
 
@@ -47,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   Tensor grad_x =
       wanted[0] ? (none ? at::zeros_like(x) : at::empty_like(x)) : at::empty({0}, x.options());
   if (grad_x.size(-1) > 1 && grad_x.stride(-1) != 1) grad_x = at::empty(x.sizes(), x.options());
-  Tensor grad_h0 = output(wanted[1], {sizes.B, H});
+  Tensor grad_h0 = output(wanted[1], sizes.state_shape(H));
   Tensor grad_weight_ih = output(wanted[2], {H, I}), grad_weight_hh = output(wanted[3], {H, H}),
          grad_bias = output(wanted[4], {H});
   if (none) {
@@ -58,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
   const OptionalTensor grad_h_rows = with_feature_rows(grad_h),
                        grad_h_n_rows = with_feature_rows(grad_h_n), h0_rows = with_feature_rows(h0);
   const Tensor x_rows = with_feature_rows(x), h_rows = with_feature_rows(h),
-               f_rows = alpha == 1 ? h_rows : with_feature_rows(f),
+               f_rows = alpha == 1 ? h_rows : with_feature_rows(*f),
                weight_ih_rows = weight_ih.contiguous(), weight_hh_rows = weight_hh.contiguous();
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;

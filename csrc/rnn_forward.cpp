@@ -6,8 +6,8 @@ namespace torch_bptt {
 
 std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias, const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-    std::string_view activation_name, double alpha, bool reverse) {
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation_name,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse) {
   constexpr const char* op = "rnn_forward";
   const Sizes sizes(op, "x", x, batch_sizes);
   const int64_t I = x.size(-1), H = weight_hh.size(0);
@@ -18,26 +18,34 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
   check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
   check_like(op, "weight_ih", weight_ih, "x", x);
   check_like(op, "weight_hh", weight_hh, "x", x);
-  if (bias) {
-    check_shape(op, "bias", *bias, {H}, "(hidden_size)");
-    check_like(op, "bias", *bias, "x", x);
+  if (bias_ih) {
+    check_shape(op, "bias_ih", *bias_ih, {H}, "(hidden_size)");
+    check_like(op, "bias_ih", *bias_ih, "x", x);
+  }
+  if (bias_hh) {
+    check_shape(op, "bias_hh", *bias_hh, {H}, "(hidden_size)");
+    check_like(op, "bias_hh", *bias_hh, "x", x);
   }
   if (h0) {
-    check_shape(op, "h0", *h0, {sizes.B, H}, "(batch, hidden_size)");
+    check_shape(op, "h0", *h0, sizes.state_shape(H),
+                "(batch, hidden_size), and as many dimensions as x");
     check_like(op, "h0", *h0, "x", x);
   }
 
   Tensor h = at::empty(sizes.shape(H), x.options());
   Tensor f = alpha == 1 ? at::empty({0}, x.options()) : at::empty_like(h);
   if (h.numel() == 0)
-    return {h, h0 ? h0->clone(at::MemoryFormat::Contiguous) : at::zeros({sizes.B, H}, x.options()),
-            f};
-  Tensor h_n = at::empty({sizes.B, H}, x.options());
+    return {
+        h,
+        h0 ? h0->clone(at::MemoryFormat::Contiguous) : at::zeros(sizes.state_shape(H), x.options()),
+        f};
+  Tensor h_n = at::empty(sizes.state_shape(H), x.options());
 
   const Tensor x_rows = with_feature_rows(x), weight_ih_rows = weight_ih.contiguous(),
                weight_hh_rows = weight_hh.contiguous();
   const OptionalTensor h0_rows = with_feature_rows(h0);
-  const Tensor bias_row = bias ? bias->contiguous() : Tensor();
+  const OptionalTensor bias_ih_row = with_feature_rows(bias_ih),
+                       bias_hh_row = with_feature_rows(bias_hh);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     ForwardProblem<S> problem;
@@ -50,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     problem.h0 = rows_of<S>(h0_rows);
     problem.weight_ih = const_data_of<S>(weight_ih_rows);
     problem.weight_hh = const_data_of<S>(weight_hh_rows);
-    problem.bias = bias ? const_data_of<S>(bias_row) : nullptr;
+    problem.bias[0] = bias_ih ? const_data_of<S>(*bias_ih_row) : nullptr;
+    problem.bias[1] = bias_hh ? const_data_of<S>(*bias_hh_row) : nullptr;
     problem.h = output_rows_of<S>(h);
     problem.h_n = data_of<S>(h_n);
     problem.f = output_rows_of<S>(f);

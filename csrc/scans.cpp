@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> adjoint_scan(const Tensor& g, const Tensor& gate,
   check_scan(op, "g", g, gate, weight_hh, sizes, alpha);
   check_clip(op, clip);
   Tensor d = at::empty(g.sizes(), g.options());
-  if (d.numel() == 0) return {d, at::zeros({sizes.B, weight_hh.size(0)}, g.options())};
-  Tensor d0 = at::empty({sizes.B, weight_hh.size(0)}, g.options());
+  if (d.numel() == 0) return {d, at::zeros(sizes.state_shape(weight_hh.size(0)), g.options())};
+  Tensor d0 = at::empty(sizes.state_shape(weight_hh.size(0)), g.options());
   const Tensor g_rows = with_feature_rows(g), gate_rows = with_feature_rows(gate),
                weight_rows = weight_hh.contiguous();
   dispatch_dtype(op, "g", g, [&](auto dtype) {
@@ -67,7 +67,8 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
   const ScheduleOf schedule(op, sizes, keep, reverse, truncate);
   check_scan(op, "c", c, gate, weight_hh, sizes, alpha);
   if (q0) {
-    check_shape(op, "q0", *q0, {sizes.B, weight_hh.size(0)}, "(batch, hidden_size)");
+    check_shape(op, "q0", *q0, sizes.state_shape(weight_hh.size(0)),
+                "(batch, hidden_size), and as many dimensions as c");
     check_like(op, "q0", *q0, "c", c);
   }
   Tensor q = at::empty(c.sizes(), c.options());

@@ -105,25 +105,27 @@ def grid(base=None, **fixed):
 
 @dataclasses.dataclass
 class Problem:
-    """The tensors of a case; all of x, h0, weights, bias and incoming gradients share dtype."""
+    """The tensors of a case; all of x, h0, weights, biases and incoming gradients share dtype."""
 
     case: Case
     x: torch.Tensor  # (T, B, I) or (N, I)
-    h0: torch.Tensor | None  # (B, H)
+    h0: torch.Tensor | None  # (1, B, H), or (B, H) when packed
     weight_ih: torch.Tensor  # (H, I)
     weight_hh: torch.Tensor  # (H, H)
-    bias: torch.Tensor | None  # (H,)
+    bias_ih: torch.Tensor | None  # (H,)
+    bias_hh: torch.Tensor | None  # (H,)
     grad_h: torch.Tensor  # (T, B, H) or (N, H)
-    grad_h_n: torch.Tensor  # (B, H)
+    grad_h_n: torch.Tensor  # as h0
     gate: torch.Tensor  # (T, B, H) or (N, H), for the scans alone
     batch_sizes: torch.Tensor | None  # (T,)
     keep: torch.Tensor | None  # (T, B)
 
-    TENSORS = ("x", "h0", "weight_ih", "weight_hh", "bias", "grad_h", "grad_h_n", "gate")
+    INPUTS = ("x", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    TENSORS = (*INPUTS, "grad_h", "grad_h_n", "gate")
 
     @property
     def inputs(self):
-        return self.x, self.h0, self.weight_ih, self.weight_hh, self.bias
+        return tuple(getattr(self, name) for name in self.INPUTS)
 
     @property
     def layout(self):
@@ -163,6 +165,11 @@ class Problem:
         return dataclasses.replace(
             self, **{name: t if t is None else change(t) for name, t in changed.items()}
         )
+
+
+def one_step(p):
+    """A problem with T = 1, its rows and states without the dimension for time."""
+    return p.map(lambda tensor: tensor.squeeze(0) if tensor.dim() == 3 else tensor)
 
 
 def lengths(case):
@@ -229,20 +236,21 @@ def largest_sum(p):
 
 def _problem(case, data, weight, gate, random):
     batch_sizes = None
-    rows = (case.T, case.B)
+    rows, state = (case.T, case.B), (1, case.B, case.H)
     if case.packed:
         batch_sizes = torch.tensor([sum(n > t for n in lengths(case)) for t in range(case.T)])
-        rows = (int(batch_sizes.sum()),)
+        rows, state = (int(batch_sizes.sum()),), (case.B, case.H)
     return Problem(
         case,
         x=data(*rows, case.I),
-        h0=data(case.B, case.H) if case.h0 else None,
+        h0=data(*state) if case.h0 else None,
         weight_ih=weight(case.H, case.I),
         weight_hh=weight(case.H, case.H),
-        bias=data(case.H) if case.bias else None,
+        bias_ih=data(case.H) if case.bias else None,
         grad_h=data(*rows, case.H),
-        grad_h_n=data(case.B, case.H),
+        grad_h_n=data(*state),
         gate=gate(*rows, case.H),
         batch_sizes=batch_sizes,
         keep=torch.rand(case.T, case.B, generator=random) < 0.7 if case.keep else None,
+        bias_hh=data(case.H) if case.bias else None,
     )

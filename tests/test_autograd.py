@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from cases import EVERYTHING, Case, grid, problem
+from cases import EVERYTHING, Case, Problem, grid, one_step, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference import loop_by_rows
@@ -20,15 +20,19 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_bptt import reference
-from torch_bptt.autograd import rnn_layer
+from torch_bptt.autograd import Options, rnn_layer
 
 TINY = Case(T=4, B=2, I=2, H=3)
-NAMES = ("x", "h0", "weight_ih", "weight_hh", "bias")
+NAMES = Problem.INPUTS
+
+
+def run_layer(*inputs, batch_sizes=None, keep=None, **options):
+    return rnn_layer(*inputs, batch_sizes, keep, Options(**options))
 
 
 def layer(p):
-    """The function under test with a problem's options, of the five tensors alone."""
-    return lambda *inputs: rnn_layer(*inputs, **p.backward_options)
+    """The function under test with a problem's options, of the six tensors alone."""
+    return lambda *inputs: run_layer(*inputs, **p.backward_options)
 
 
 def by_loop(p):
@@ -74,6 +78,13 @@ def test_gradcheck_without_h0_or_bias(options, absent):
     p = problem(TINY.but(**options, **absent))
     assert gradcheck(layer(p), leaves(p), **FORWARD_AND_REVERSE)
     assert gradgradcheck(layer(p), leaves(p), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "keep": True, "reverse": True}], ids=str)
+def test_gradcheck_of_one_step(options):
+    p = one_step(problem(TINY.but(T=1, **options)))
+    assert gradcheck(layer(p), leaves(p), **FORWARD_AND_REVERSE)
+    assert gradgradcheck(layer(p), leaves(p), check_fwd_over_rev=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", grid(TINY, truncate=0, clip=None), ids=str)
@@ -185,7 +196,7 @@ def test_truncation_is_a_loop_of_calls_that_detaches(options, reverse):
         part = slice(start, start + 2)
         keep = None if p.keep is None else p.keep[part]
         options = {**p.backward_options, "keep": keep, "truncate": 0}
-        outputs[start], state = rnn_layer(x[part], state, *weights, **options)
+        outputs[start], state = run_layer(x[part], state, *weights, **options)
         final, state = state, state.detach()
     output = torch.cat([outputs[start] for start in sorted(outputs)])
     got = torch.autograd.grad((output, final), inputs, directions)
@@ -204,8 +215,8 @@ def test_state_carried_between_calls_carries_its_gradient(clip):
     whole = layer(p)(*inputs)
     expected = torch.autograd.grad(whole, inputs, (p.grad_h, p.grad_h_n))
     options = p.backward_options
-    one, state = rnn_layer(x[:3], h0, *weights, **{**options, "keep": p.keep[:3]})
-    two, state = rnn_layer(x[3:], state, *weights, **{**options, "keep": p.keep[3:]})
+    one, state = run_layer(x[:3], h0, *weights, **{**options, "keep": p.keep[:3]})
+    two, state = run_layer(x[3:], state, *weights, **{**options, "keep": p.keep[3:]})
     got = torch.autograd.grad((torch.cat([one, two]), state), inputs, (p.grad_h, p.grad_h_n))
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b)
@@ -229,7 +240,7 @@ def test_mixed_second_derivatives_are_those_of_the_loop(case):
     """Forward over reverse and reverse over forward."""
     p = problem(case)
     tangents = tuple(t.flip(0).contiguous() for t in p.inputs)
-    every_input = tuple(range(5))
+    every_input = tuple(range(6))
 
     def second(function):
         def loss(*inputs):
@@ -276,12 +287,13 @@ def test_jvp_along_one_argument(name):
 # --- vmap -----------------------------------------------------------------------------------------
 
 DIMS = {
-    "x": (0, None, None, None, None),
-    "h0": (None, 0, None, None, None),
-    "weights": (None, None, 0, 0, 0),
-    "weight_hh": (None, None, None, 0, None),
-    "all": (0, 0, 0, 0, 0),
-    "other_dims": (1, 2, 1, -1, 1),
+    "x": (0, None, None, None, None, None),
+    "h0": (None, 0, None, None, None, None),
+    "weights": (None, None, 0, 0, 0, 0),
+    "weight_hh": (None, None, None, 0, None, None),
+    "one_bias": (None, None, None, None, None, 0),
+    "all": (0, 0, 0, 0, 0, 0),
+    "other_dims": (1, 2, 1, -1, 1, 1),
 }
 
 
@@ -330,7 +342,7 @@ def test_vmap_of_gradients(case, dims):
             output, h_n = function(*inputs)
             return (output * p.grad_h).sum() + (h_n * p.grad_h_n).square().sum()
 
-        return grad(loss, argnums=tuple(range(5)))
+        return grad(loss, argnums=tuple(range(6)))
 
     got = vmap(gradients(layer(p)), in_dims=dims)(*inputs)
     assert_close(got, stacked(gradients(by_loop(p))(*call) for call in calls))
@@ -340,18 +352,19 @@ def test_vmap_twice():
     p = problem(TINY)
     x = torch.stack([p.x, 2 * p.x, -p.x])
     weights = torch.stack([p.weight_hh, -p.weight_hh])
-    inner = vmap(layer(p), in_dims=(0, None, None, None, None))
-    got = vmap(inner, in_dims=(None, None, None, 0, None))(x, p.h0, p.weight_ih, weights, p.bias)
+    inner = vmap(layer(p), in_dims=DIMS["x"])
+    x_and_weights = x, p.h0, p.weight_ih, weights, p.bias_ih, p.bias_hh
+    got = vmap(inner, in_dims=DIMS["weight_hh"])(*x_and_weights)
     for i, w in enumerate(weights):
         for j, data in enumerate(x):
-            expected = by_reference(p)(data, p.h0, p.weight_ih, w, p.bias)
+            expected = by_reference(p)(data, p.h0, p.weight_ih, w, p.bias_ih, p.bias_hh)
             assert_close((got[0][i, j], got[1][i, j]), expected)
 
 
 def test_vmap_of_backward_over_an_empty_f():
     """f is empty where alpha is 1; it is mapped where forward was a call for each sample."""
     p = problem(TINY)
-    h = reference.rnn_forward(p.x, p.h0, p.weight_ih, p.weight_hh, p.bias, activation="tanh")[0]
+    h, _ = by_reference(p)(*p.inputs)
     grad_h = torch.stack([p.grad_h, -2 * p.grad_h])
 
     def grad_x(grad_h, f):
@@ -368,13 +381,14 @@ def test_gradients_of_each_sample():
     p = problem(Case(B=4))
 
     def loss(weight_hh, x, h0, function):
-        output, _ = function(x[:, None], h0[None], p.weight_ih, weight_hh, p.bias)
+        biases = p.bias_ih, p.bias_hh
+        output, _ = function(x[:, None], h0[:, None], p.weight_ih, weight_hh, *biases)
         return output.square().sum()
 
-    got = vmap(lambda x, h0: grad(loss)(p.weight_hh, x, h0, layer(p)), in_dims=(1, 0))(p.x, p.h0)
+    got = vmap(lambda x, h0: grad(loss)(p.weight_hh, x, h0, layer(p)), in_dims=1)(p.x, p.h0)
     for row in range(4):
         weight_hh = p.weight_hh.clone().requires_grad_()
-        value = loss(weight_hh, p.x[:, row], p.h0[row], by_reference(p))
+        value = loss(weight_hh, p.x[:, row], p.h0[:, row], by_reference(p))
         assert_close(got[row], torch.autograd.grad(value, weight_hh)[0])
 
 
@@ -479,19 +493,20 @@ class Wanted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.name() == "torch_bptt::rnn_backward":
-            self.seen.append(list(kwargs["wanted"]))
+            names = [argument.name for argument in function._schema.arguments]
+            self.seen.append(list(args[names.index("wanted")]))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mask", range(1, 32))
+@pytest.mark.parametrize("mask", range(1, 64))
 def test_only_wanted_gradients_are_computed(mask):
     p = problem(TINY)
-    wanted = [bool(mask >> i & 1) for i in range(5)]
+    wanted = [bool(mask >> i & 1) for i in range(6)]
     inputs = [t.clone().requires_grad_(want) for t, want in zip(p.inputs, wanted, strict=True)]
     output, h_n = layer(p)(*inputs)
     with Wanted() as notes:
         torch.autograd.backward((output, h_n), (p.grad_h, p.grad_h_n))
-    assert notes.seen == [wanted]
+    assert notes.seen == [[*wanted[:4], wanted[4] or wanted[5]]]
     inputs_of_loop = leaves(p)
     expected = torch.autograd.grad(
         by_loop(p)(*inputs_of_loop), inputs_of_loop, (p.grad_h, p.grad_h_n)
@@ -556,6 +571,12 @@ def test_edges(size):
     assert_close(derivatives(layer(p), p, 2), derivatives(by_reference(p), p, 2))
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_edges_of_one_step(rows):
+    p = one_step(problem(TINY.but(T=1, B=rows)))
+    assert_close(derivatives(layer(p), p, 2), derivatives(by_reference(p), p, 2))
+
+
 def test_no_steps():
     p = problem(TINY.but(T=0))
     assert_close(derivatives(layer(p), p, 1), derivatives(by_reference(p), p, 1))
@@ -565,7 +586,7 @@ def test_no_steps():
 
 TRAIN_ONE_STEP = """
     import resource, torch
-    from torch_bptt.autograd import rnn_layer
+    from torch_bptt.autograd import Options, rnn_layer
 
     T, B, I, H = 2000, 64, 64, 256
     MIB = 2**20
@@ -575,11 +596,11 @@ TRAIN_ONE_STEP = """
             return int(file.read().split()[1]) * resource.getpagesize()
 
     def inputs(T):
-        shapes = (T, B, I), (B, H), (H, I), (H, H), (H,)
+        shapes = (T, B, I), (1, B, H), (H, I), (H, H), (H,), (H,)
         return [torch.full(shape, 0.01).requires_grad_() for shape in shapes]
 
     def train(tensors, grad_output):
-        output, h_n = rnn_layer(*tensors, activation="tanh")
+        output, h_n = rnn_layer(*tensors, None, None, Options("tanh"))
         output.backward(grad_output)
         return output
 

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import EVERYTHING, Case, grid, integers, largest_sum, problem, sized
+from cases import EVERYTHING, Case, Problem, grid, integers, largest_sum, one_step, problem, sized
 from tolerances import close_to_truth, largest_error, same_bits, ulps
 
 import torch_bptt  # noqa: F401 - registers the operators
@@ -161,17 +161,15 @@ def test_long_chains_err_at_most_twice_as_much_as_nn_rnn(dtype, nonlinearity):
 
     def torch_rnn(p):
         rnn = torch.nn.RNN(5, 40, nonlinearity=nonlinearity, dtype=p.x.dtype)
-        for name in ("weight_ih", "weight_hh"):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             setattr(rnn, f"{name}_l0", torch.nn.Parameter(getattr(p, name)))
-        rnn.bias_ih_l0 = torch.nn.Parameter(p.bias)
-        rnn.bias_hh_l0 = torch.nn.Parameter(torch.zeros_like(p.bias))
         x, h0 = p.x.clone().requires_grad_(), p.h0.clone().requires_grad_()
-        output, h_n = rnn(x, h0[None])
+        output, h_n = rnn(x, h0)
         leaves = (x, h0, rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0)
-        grads = torch.autograd.grad((output, h_n[0]), leaves, (p.grad_h, p.grad_h_n))
+        grads = torch.autograd.grad((output, h_n), leaves, (p.grad_h, p.grad_h_n))
         return {
             "h": output.detach(),
-            "h_n": h_n[0].detach(),
+            "h_n": h_n.detach(),
             **dict(zip(GRADIENTS, grads, strict=True)),
         }
 
@@ -191,7 +189,7 @@ def through_the_operator(x, activation, width=1):
     """Apply an activation to every number: one step of `width` units, each seeing one input."""
     eye = torch.eye(width, dtype=x.dtype)
     h, _, _ = OPERATORS.rnn_forward(
-        x.view(1, -1, width), None, eye, torch.zeros_like(eye), None, activation=activation
+        x.view(-1, width), None, eye, torch.zeros_like(eye), None, None, activation=activation
     )
     return h.flatten()
 
@@ -384,7 +382,7 @@ def offset(t):
 
 
 LAYOUTS = [transposed, sliced, offset]
-EXPANDED = [*("x", "h0", "weight_ih", "weight_hh", "bias", "grad_h", "grad_h_n", "gate", "keep")]
+EXPANDED = [*Problem.TENSORS, "keep"]
 
 
 def assert_same_as_contiguous(p, contiguous):
@@ -435,6 +433,19 @@ def test_strided_batch_sizes():
     assert_same_as_contiguous(q, p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"h0": False, "bias": False}, {"alpha": 0.3, "keep": True}]
+)
+def test_one_step_without_a_dimension_for_time(options, dtype):
+    p = problem(Case(T=1, **options), dtype)
+    expected, got = solve(OPERATORS, p), solve(OPERATORS, one_step(p))
+    for name, tensor in expected.items():
+        same_bits(name, got[name], tensor.squeeze(0) if tensor.dim() == 3 else tensor)
+    for name, tensor in solve(reference, one_step(p)).items():
+        assert got[name].shape == tensor.shape
+
+
 # --- nothing to do --------------------------------------------------------------------------------
 
 
@@ -462,13 +473,13 @@ def test_no_inputs():
 WRONG = {
     # argument: (value from the problem, further words that the message must hold)
     "x": [
-        (lambda p: p.x[0], ""),
+        (lambda p: p.x[0, 0], ""),
         (lambda p: p.x.long(), "Long|int64"),
     ],
     "h0": [
-        (lambda p: p.h0[:-1], "6"),
-        (lambda p: p.h0[:, :-1], "16"),
-        (lambda p: p.h0[None], ""),
+        (lambda p: p.h0[:, :-1], "6"),
+        (lambda p: p.h0[..., :-1], "16"),
+        (lambda p: p.h0[0], ""),
         (lambda p: p.h0.double(), "Double|float64"),
     ],
     "weight_ih": [
@@ -482,10 +493,15 @@ WRONG = {
         (lambda p: p.weight_hh[0], ""),
         (lambda p: p.weight_hh.half(), "Half|float16"),
     ],
-    "bias": [
-        (lambda p: p.bias[:-1], "16"),
-        (lambda p: p.bias[None], ""),
-        (lambda p: p.bias.double(), ""),
+    "bias_ih": [
+        (lambda p: p.bias_ih[:-1], "16"),
+        (lambda p: p.bias_ih[None], ""),
+        (lambda p: p.bias_ih.double(), ""),
+    ],
+    "bias_hh": [
+        (lambda p: p.bias_hh[:-1], "16"),
+        (lambda p: p.bias_hh[None], ""),
+        (lambda p: p.bias_hh.double(), ""),
     ],
     "keep": [
         (lambda p: torch.ones(5, 6, dtype=torch.bool), "6"),
@@ -548,9 +564,8 @@ def assert_refused(call, name, words):
 
 
 def forward_call(p, name, value):
-    names = ("x", "h0", "weight_ih", "weight_hh", "bias")
-    inputs = [value if name == n else t for n, t in zip(names, p.inputs, strict=True)]
-    options = p.forward_options | ({} if name in names else {name: value})
+    inputs = [value if name == n else t for n, t in zip(p.INPUTS, p.inputs, strict=True)]
+    options = p.forward_options | ({} if name in p.INPUTS else {name: value})
     return lambda: OPERATORS.rnn_forward(*inputs, **options)
 
 
@@ -572,9 +587,9 @@ def test_wrong_packed_input_of_forward(name, change, words):
 @pytest.mark.parametrize(("sizes", "got"), [([4, 4, 1], 9), ([3, 2, 2], 7)])
 def test_batch_sizes_that_do_not_add_up_are_counted(sizes, got):
     x, weight_ih, weight_hh = torch.randn(8, 2), torch.randn(3, 2), torch.randn(3, 3)
-    operands = x, None, weight_ih, weight_hh, None, torch.tensor(sizes)
+    operands = x, None, weight_ih, weight_hh, None, None, "tanh", torch.tensor(sizes)
     with pytest.raises(ValueError, match=f"batch_sizes .* expected 8, got {got}$"):
-        torch.ops.torch_bptt.rnn_forward(*operands, activation="tanh")
+        torch.ops.torch_bptt.rnn_forward(*operands)
 
 
 @pytest.mark.parametrize(("name", "change", "words"), every(WRONG_BACKWARD))
@@ -613,10 +628,11 @@ def test_dtypes_without_kernels_are_refused(dtype):
         OPERATORS.rnn_forward(*p.inputs, **p.forward_options)
 
 
-def test_state_without_f_is_refused_where_alpha_needs_it():
+@pytest.mark.parametrize("f", [torch.empty(0), None], ids=["empty", "None"])
+def test_state_without_f_is_refused_where_alpha_needs_it(f):
     p = problem(Case(alpha=0.3), torch.float32)
     state = forward(OPERATORS, p)
-    call = lambda: backward(OPERATORS, p, state["h"], torch.empty(0))  # noqa: E731
+    call = lambda: backward(OPERATORS, p, state["h"], f)  # noqa: E731
     assert_refused(call, "f", "")
 
 
@@ -636,8 +652,15 @@ def test_reference_has_the_signature_of_the_operator(name):
 
 @pytest.mark.parametrize("case", [Case(), Case(**EVERYTHING), Case(T=0, B=2)], ids=str)
 def test_schemas_and_meta_kernels_are_true(case):
+    check_schemas_and_meta_kernels(problem(case, torch.float32))
+
+
+def test_schemas_and_meta_kernels_of_one_step_are_true():
+    check_schemas_and_meta_kernels(one_step(problem(Case(T=1), torch.float32)))
+
+
+def check_schemas_and_meta_kernels(p):
     """PyTorch's own check: nothing is mutated or aliased, and shapes are known without running."""
-    p = problem(case, torch.float32)
     state = forward(OPERATORS, p)
     given = (p.grad_h, p.grad_h_n, p.x, p.h0, state["h"], state["f"], p.weight_ih, p.weight_hh)
     wanted = {"wanted": [True, False, True, True, False]}

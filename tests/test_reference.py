@@ -20,27 +20,28 @@ ACTIVATIONS = {
 }
 
 
-def loop_by_rows(p, x, h0, weight_ih, weight_hh, bias):
+def loop_by_rows(p, x, h0, weight_ih, weight_hh, bias_ih, bias_hh):
     """(h, h_n) of the given tensors with a problem's options, by autograd operations alone."""
     case = p.case
     row_lengths = lengths(case) if case.packed else [case.T] * case.B
     offsets = [0, *p.batch_sizes.cumsum(0).tolist()] if case.packed else None
     states, finals = {}, []
     for b, length in enumerate(row_lengths):
-        state = torch.zeros_like(weight_hh[0]) if h0 is None else h0[b]
+        state = torch.zeros_like(weight_hh[0]) if h0 is None else h0.view(-1, case.H)[b]
         for s, t in enumerate(reversed(range(length)) if case.reverse else range(length)):
             if case.truncate and s > 0 and s % case.truncate == 0:
                 state = state.detach()
             if case.keep and not p.keep[t, b]:
                 state = torch.zeros_like(state)
             z = weight_ih @ (x[offsets[t] + b] if case.packed else x[t, b]) + weight_hh @ state
-            z = z if bias is None else z + bias
+            z = z if bias_ih is None else z + bias_ih + bias_hh
             state = (1 - case.alpha) * state + case.alpha * ACTIVATIONS[case.activation](z)
             if case.clip is not None and state.requires_grad:
                 state.register_hook(lambda grad: grad.clamp(-case.clip, case.clip))
             states[t, b] = state
         finals.append(state)
     h_n = torch.stack(finals) if finals else weight_hh[:0]
+    h_n = h_n if case.packed else h_n.unsqueeze(0)
     if not states:
         return x @ weight_ih.T, h_n
     rows = torch.stack([states[key] for key in sorted(states)])
@@ -79,8 +80,10 @@ def check_against_loop(case):
         assert_close(got, want.detach(), name)
     asked = [leaf for leaf in leaves if leaf is not None]
     truth = torch.autograd.grad(expected, asked, (p.grad_h, p.grad_h_n), materialize_grads=True)
-    names = ("grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh", "grad_bias")
-    kept = [(n, g) for n, g, leaf in zip(names, grads, leaves, strict=True) if leaf is not None]
+    by_hand = (*grads, grads[-1])  # both biases have the same gradient
+    kept = [
+        (n, g) for n, g, leaf in zip(p.INPUTS, by_hand, leaves, strict=True) if leaf is not None
+    ]
     for (name, got), want in zip(kept, truth, strict=True):
         assert_close(got, want, name)
 
@@ -109,7 +112,7 @@ def test_autograd_through_the_loop(case):
     h, h_n, _ = reference.rnn_forward(*leaves, **p.forward_options)
     got = torch.autograd.grad((h, h_n), leaves, (p.grad_h, p.grad_h_n))
     _, by_hand = forward_and_gradients(p)
-    for name, a, b in zip(("x", "h0", "weight_ih", "weight_hh", "bias"), got, by_hand, strict=True):
+    for name, a, b in zip(p.INPUTS, got, (*by_hand, by_hand[-1]), strict=True):
         assert_close(a, b, name)
 
 
@@ -126,22 +129,20 @@ def test_against_nn_rnn(nonlinearity, packed, reverse):
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     }
     with torch.no_grad():
-        own["weight_ih"].copy_(p.weight_ih)
-        own["weight_hh"].copy_(p.weight_hh)
-        own["bias_ih"].copy_(p.bias)
-        own["bias_hh"].zero_()
+        for name, parameter in own.items():
+            parameter.copy_(getattr(p, name))
     x, h0 = p.x.clone().requires_grad_(), p.h0.clone().requires_grad_()
-    output, h_n = rnn(PackedSequence(x, p.batch_sizes) if packed else x, torch.stack([h0, h0]))
+    output, h_n = rnn(
+        PackedSequence(x, p.batch_sizes) if packed else x, h0.view(1, 5, 4).repeat(2, 1, 1)
+    )
     output = output.data if packed else output
-    output, h_n = output[..., 4 * reverse : 4 * reverse + 4], h_n[int(reverse)]
-    leaves = (x, h0, own["weight_ih"], own["weight_hh"], own["bias_ih"])
+    output, h_n = output[..., 4 * reverse : 4 * reverse + 4], h_n[int(reverse)].view_as(h0)
+    leaves = (x, h0, *own.values())
     truth = torch.autograd.grad((output, h_n), leaves, (p.grad_h, p.grad_h_n))
     outputs, grads = forward_and_gradients(p)
     for name, got, want in zip(("h", "h_n"), outputs, (output, h_n), strict=True):
         assert_close(got, want.detach(), name)
-    for name, got, want in zip(
-        ("x", "h0", "weight_ih", "weight_hh", "bias"), grads, truth, strict=True
-    ):
+    for name, got, want in zip(p.INPUTS, (*grads, grads[-1]), truth, strict=True):
         assert_close(got, want, name)
 
 
@@ -168,7 +169,7 @@ def test_tangent_is_the_derivative(case):
         gate * (x_dot @ p.weight_ih.T), q0, gate, p.weight_hh, **p.tangent_options
     )
     _, want = torch.func.jvp(
-        lambda x, h0: loop_by_rows(p, x, h0, p.weight_ih, p.weight_hh, p.bias)[0],
+        lambda x, h0: loop_by_rows(p, x, h0, *p.inputs[2:])[0],
         (p.x, p.h0),
         (x_dot, q0),
     )
@@ -212,11 +213,12 @@ def test_no_steps():
 
 def test_forgetting_forgets_what_is_not_finite():
     """A row that restarts leaves nothing of its state behind, and a = 1 takes no 0 * inf of it."""
-    h0 = torch.tensor([[torch.inf, torch.nan]])
+    h0 = torch.tensor([[[torch.inf, torch.nan]]])
     one = torch.ones(1, 1, 2)
     restart = {"activation": "tanh", "alpha": 0.5, "keep": torch.tensor([[False]])}
-    h, _, _ = reference.rnn_forward(one, h0, torch.eye(2), torch.eye(2), None, **restart)
+    h, _, _ = reference.rnn_forward(one, h0, torch.eye(2), torch.eye(2), None, None, **restart)
     assert torch.equal(h, 0.5 * torch.tanh(one))
-    eye = torch.eye(1)
-    h, _, _ = reference.rnn_forward(eye[None], eye * torch.inf, eye, eye, None, activation="tanh")
+    one = torch.ones(1, 1, 1)
+    weights = one[0], one[0], None, None
+    h, _, _ = reference.rnn_forward(one, one * torch.inf, *weights, activation="tanh")
     assert h.item() == 1

@@ -11,16 +11,33 @@ so autograd closes the circle and no derivative has a formula of its own.
 
 import dataclasses
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from torch_bptt.operators import ops
 from torch_bptt.reference import activations
+
+
+class Options(NamedTuple):
+    """What is no tensor about a layer; one argument of its Function, as each costs 0.1 us there.
+
+    activation: a key of ``reference.activations``.
+    alpha: share of the new value in the state, in (0, 1].
+    reverse: from the last step of each row to its first.
+    truncate: cut the gradient after every so many steps; 0 never.
+    clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
+    """
+
+    activation: str
+    alpha: float = 1.0
+    reverse: bool = False
+    truncate: int = 0
+    clip: float | None = None
 
 
 def rnn_layer(
@@ -28,35 +45,29 @@ def rnn_layer(
     h0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str,
-    alpha: float = 1.0,
-    batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
-    reverse: bool = False,
-    truncate: int = 0,
-    clip: float | None = None,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    keep: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer in one direction over a whole sequence.
 
-        h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + bias + p_t W_hh^T)
+        h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
 
     Arguments:
-        x: input (T, B, I), or packed (N, I) with ``batch_sizes``; float32, float64, bfloat16 or
-            float16, any strides.
-        h0: state before the first step (B, H); None means zeros.
-        weight_ih, weight_hh, bias: (H, I), (H, H) and (H) or None; dtype and device of x.
-        activation: a key of ``reference.activations``.
-        alpha: share of the new value in the state, in (0, 1].
+        x: input (T, B, I), packed (N, I) with ``batch_sizes``, or a single step (B, I); float32,
+            float64, bfloat16 or float16, any strides.
+        h0: state before the first step, (1, B, H) where x has 3 dimensions, else (B, H); None means
+            zeros.
+        weight_ih, weight_hh: (H, I) and (H, H), dtype and device of x.
+        bias_ih, bias_hh: (H) each, dtype and device of x, or None.
         batch_sizes: rows alive at each step (T), int64 on the CPU, never increasing.
         keep: bool (T, B), False where the state arriving at a step counts as zero.
-        reverse: from the last step of each row to its first.
-        truncate: cut the gradient after every so many steps; 0 never.
-        clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
 
     Returns:
-        output (T, B, H) or (N, H), every h_t; h_n (B, H), the state after each row's last step.
+        output, every h_t, as x with H features; h_n, the state after each row's last step, shaped
+        as h0.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
@@ -66,9 +77,8 @@ def rnn_layer(
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
     h, h_n, _ = _apply(
-        RNNForward, x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
-        activation, alpha, reverse, truncate, clip,
-    )  # fmt: skip
+        RNNForward, x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
+    )
     return h, h_n
 
 
@@ -76,8 +86,8 @@ def rnn_layer(
 class Links:
     """Which state arrives at which step, and moving rows along these links.
 
-    Rows are dense (T, B, H) or packed (N, H). Everything here is linear, differentiable and free of
-    loops over time.
+    Rows are dense (T, B, H) or packed (N, H), states (1, B, H) or (B, H). Everything here is
+    linear, differentiable and free of loops over time.
     """
 
     batch_sizes: Tensor | None
@@ -85,17 +95,23 @@ class Links:
     reverse: bool
     truncate: int
 
+    @classmethod
+    def of(cls, x: Tensor, batch_sizes: Tensor | None, keep: Tensor | None, options: Options):
+        if batch_sizes is None and x.dim() == 2:  # a single step, which is packed rows as well
+            batch_sizes = torch.tensor([len(x)] if len(x) else [], dtype=torch.int64)
+        return cls(batch_sizes, keep, options.reverse, options.truncate)
+
     def scan_options(self, alpha: float) -> tuple:
         return self.batch_sizes, self.keep, alpha, self.reverse, self.truncate
 
     def arriving(self, h: Tensor, h0: Tensor | None, *, truncated: bool) -> Tensor:
         """p_t: the state of the step before, h0 at a row's first step, zero where not kept."""
         if self.batch_sizes is None:
-            first = h.new_zeros(h.shape[1:]) if h0 is None else h0
-            order = (h[1:], first[None]) if self.reverse else (first[None], h[:-1])
+            first = h.new_zeros((1, *h.shape[1:])) if h0 is None else h0
+            order = (h[1:], first) if self.reverse else (first, h[:-1])
             p = torch.cat(order)
         else:
-            first = h.new_zeros((self._columns.max() + 1, h.shape[-1])) if h0 is None else h0
+            first = h.new_zeros((self._batch, h.shape[-1])) if h0 is None else h0
             p = torch.cat((h, first)).index_select(0, self._before.to(h.device))
         if not self.truncate or truncated:
             return self._masked(p, truncated)
@@ -109,29 +125,31 @@ class Links:
         zero = torch.zeros_like(v[:1])
         if self.batch_sizes is None:
             if self.reverse:
-                return torch.cat((zero, v[:-1])), v[-1]
-            return torch.cat((v[1:], zero)), v[0]
+                return torch.cat((zero, v[:-1])), v[-1:]
+            return torch.cat((v[1:], zero)), v[:1]
         rows, before = len(v), self._before
-        after = torch.full((rows + int(self._columns.max()) + 1,), rows).index_copy(
-            0, before, torch.arange(rows)
-        )
+        after = torch.full((rows + self._batch,), rows).index_copy(0, before, torch.arange(rows))
         moved = torch.cat((v, zero)).index_select(0, after.to(v.device))
         return moved[:rows], moved[rows:]
 
     def final(self, h: Tensor) -> Tensor:
-        """h_n: the state after each row's last step (B, H)."""
+        """h_n: the state after each row's last step."""
         if self.batch_sizes is None:
-            return h[0] if self.reverse else h[-1]
+            return h[:1] if self.reverse else h[-1:]
         return h.index_select(0, self._final.to(h.device))
 
     def add_final(self, g: Tensor, grad_h_n: Tensor) -> Tensor:
         """g with the gradient of h_n added: the transpose of ``final``."""
         if self.batch_sizes is None:
             last = torch.tensor([0 if self.reverse else g.shape[0] - 1], device=g.device)
-            return g.index_add(0, last, grad_h_n[None])
+            return g.index_add(0, last, grad_h_n)
         return g.index_add(0, self._final.to(g.device), grad_h_n)
 
-    # Of every packed row: its step, its column in the batch, where its state comes from.
+    # Packed rows: how many in the batch; of each its step, its column, where its state comes from.
+
+    @property
+    def _batch(self) -> int:
+        return int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
 
     @property
     def _steps(self) -> Tensor:
@@ -161,7 +179,7 @@ class Links:
 
     @property
     def _final(self) -> Tensor:
-        columns = torch.arange(int(self.batch_sizes[0]))
+        columns = torch.arange(self._batch)
         return columns if self.reverse else self._offsets[self._lengths - 1] + columns
 
     def _masked(self, p: Tensor, truncated: bool) -> Tensor:
@@ -211,7 +229,10 @@ def _apply(function: type[Function], *args):
     derivatives = torch.is_grad_enabled() or forward_ad._current_level >= 0
     if not derivatives and not torch.jit.is_tracing():
         return function.forward(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))
+    # As Function.apply does; what functorch may have left behind is a plain tensor, no Parameter.
+    unwrap = _functorch.unwrap_if_dead
+    args = [unwrap(arg) if type(arg) is Tensor else arg for arg in args]
+    return super(Function, function).apply(*args)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -226,15 +247,15 @@ def _in_own_dtype(tensor: Tensor):
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _gate(activation: str, alpha: float, h: Tensor, f: Tensor, p: Tensor) -> Tensor:
+def _gate(options: Options, h: Tensor, f: Tensor, p: Tensor) -> Tensor:
     """G_t = a f'(z_t) as a differentiable function of h and p."""
-    y = h
+    y, alpha = h, options.alpha
     if alpha != 1:
         # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would
         # lose bits, and the sign of a relu with them) and its derivative from the recurrence.
         derived = (h - (1 - alpha) * p) / alpha
         y = f + (derived - derived.detach())
-    _, slope = activations[activation]
+    _, slope = activations[options.activation]
     return slope(y) if alpha == 1 else alpha * slope(y)
 
 
@@ -245,66 +266,79 @@ class RNNForward(Function):
 
     @staticmethod
     def forward(
-        x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
-        activation, alpha, reverse, truncate, clip,
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
     ):  # fmt: skip
-        return ops.rnn_forward(
-            x, h0, weight_ih, weight_hh, bias, batch_sizes, keep,
-            activation=activation, alpha=alpha, reverse=reverse,
+        h, h_n, f = ops.rnn_forward.default(
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
+            options.alpha, options.reverse,
         )  # fmt: skip
+        return h, h_n, f if options.alpha != 1 else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h0, weight_ih, weight_hh, _, batch_sizes, keep, *options = inputs
+        x, h0, weight_ih, weight_hh, _, _, batch_sizes, keep, ctx.options = inputs
         h, _, f = output
-        ctx.activation, ctx.alpha, ctx.reverse, ctx.truncate, ctx.clip = options
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(f)
+        if f is not None:
+            ctx.mark_non_differentiable(f)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, grad_h, grad_h_n, _):
         x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:5])
-        no_options = (None,) * 7
+        options = ctx.options
         if grad_h is None and grad_h_n is None:
-            return (None,) * 12
+            return (None,) * 9
+        of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *_ = ctx.needs_input_grad
         graph_is_built = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        if not graph_is_built or ctx.clip is not None:
+        if not graph_is_built or options.clip is not None:
             run = RNNBackward.apply if graph_is_built else RNNBackward.forward
-            grads = run(
-                grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
-                ctx.activation, ctx.alpha, ctx.reverse, ctx.truncate, ctx.clip, wanted,
+            wanted = [of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh]
+            grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias = run(
+                grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options,
+                wanted,
             )  # fmt: skip
-            return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *no_options
+            return (
+                grad_x if of_x else None,
+                grad_h0 if of_h0 else None,
+                grad_weight_ih if of_weight_ih else None,
+                grad_weight_hh if of_weight_hh else None,
+                grad_bias if of_bias_ih else None,
+                grad_bias if of_bias_hh else None,
+                None, None, None,
+            )  # fmt: skip
 
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        links = Links.of(x, batch_sizes, keep, options)
         with _in_own_dtype(x):
             g = torch.zeros_like(h) if grad_h is None else grad_h
             if grad_h_n is not None:
                 g = links.add_final(g, grad_h_n)
             p = links.arriving(h, h0, truncated=False)
-            gate = _gate(ctx.activation, ctx.alpha, h, f, p)
-            d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(ctx.alpha))
+            gate = _gate(options, h, f, p)
+            d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(options.alpha))
             du = gate * d
+            grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
             return (
-                du @ weight_ih if wanted[0] else None,
-                d0 if wanted[1] else None,
-                _outer(du, x) if wanted[2] else None,
-                _outer(du, p) if wanted[3] else None,
-                du.flatten(0, -2).sum(0) if wanted[4] else None,
-                *no_options,
-            )
+                du @ weight_ih if of_x else None,
+                d0 if of_h0 else None,
+                _outer(du, x) if of_weight_ih else None,
+                _outer(du, p) if of_weight_hh else None,
+                grad_bias if of_bias_ih else None,
+                grad_bias if of_bias_hh else None,
+                None, None, None,
+            )  # fmt: skip
 
     @staticmethod
-    def jvp(ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_dot, *_):
+    def jvp(ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, *_):
         x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        alpha = ctx.options.alpha
+        links = Links.of(x, batch_sizes, keep, ctx.options)
         with _in_own_dtype(x):
             p = links.arriving(h, h0, truncated=False)
-            gate = _gate(ctx.activation, ctx.alpha, h, f, p)
+            gate = _gate(ctx.options, h, f, p)
             u_dot = torch.zeros_like(h)
             if x_dot is not None:
                 u_dot = u_dot + x_dot @ weight_ih.mT
@@ -312,11 +346,11 @@ class RNNForward(Function):
                 u_dot = u_dot + x @ weight_ih_dot.mT
             if weight_hh_dot is not None:
                 u_dot = u_dot + p @ weight_hh_dot.mT
-            if bias_dot is not None:
-                u_dot = u_dot + bias_dot
-            q = TangentScan.apply(
-                gate * u_dot, h0_dot, gate, weight_hh, *links.scan_options(ctx.alpha)
-            )
+            if bias_ih_dot is not None:
+                u_dot = u_dot + bias_ih_dot
+            if bias_hh_dot is not None:
+                u_dot = u_dot + bias_hh_dot
+            q = TangentScan.apply(gate * u_dot, h0_dot, gate, weight_hh, *links.scan_options(alpha))
             return q, links.final(q), None
 
 
@@ -327,13 +361,11 @@ class RNNBackward(Function):
 
     @staticmethod
     def forward(
-        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
-        activation, alpha, reverse, truncate, clip, wanted,
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options, wanted
     ):  # fmt: skip
-        return ops.rnn_backward(
-            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep,
-            activation=activation, alpha=alpha, reverse=reverse, truncate=truncate, clip=clip,
-            wanted=wanted,
+        return ops.rnn_backward.default(
+            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation, wanted,
+            batch_sizes, keep, options.alpha, options.reverse, options.truncate, options.clip,
         )  # fmt: skip
 
     @staticmethod
@@ -359,10 +391,7 @@ class AdjointScan(Function):
 
     @staticmethod
     def forward(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.adjoint_scan(
-            g, gate, weight_hh, batch_sizes, keep,
-            alpha=alpha, reverse=reverse, truncate=truncate,
-        )  # fmt: skip
+        return ops.adjoint_scan(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -410,10 +439,7 @@ class TangentScan(Function):
 
     @staticmethod
     def forward(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.tangent_scan(
-            c, q0, gate, weight_hh, batch_sizes, keep,
-            alpha=alpha, reverse=reverse, truncate=truncate,
-        )  # fmt: skip
+        return ops.tangent_scan(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

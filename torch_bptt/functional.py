@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks, reference
-from torch_bptt.autograd import rnn_layer
+from torch_bptt.autograd import Options, rnn_layer
 
 
 def rnn(
@@ -94,22 +94,12 @@ def rnn(
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
         hx = hx.unsqueeze(0)
     layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
-    options = layer_options(nonlinearity, alpha, truncate, clip_grad_h)
-    output, h_n = run(input, hx, layers, options, (reverse,), batch_first, 0.0, lengths, reset)
+    options = [Options(nonlinearity, alpha, reverse, truncate or 0, clip_grad_h)]
+    output, h_n = run(input, hx, layers, options, batch_first, 0.0, lengths, reset)
     return output, h_n.squeeze(0)
 
 
-def layer_options(nonlinearity, alpha, truncate, clip_grad_h):
-    """The options that every layer gets, in the words of ``rnn_layer``."""
-    return {
-        "activation": nonlinearity,
-        "alpha": alpha,
-        "truncate": truncate or 0,
-        "clip": clip_grad_h,
-    }
-
-
-def run(input, hx, layers, options, directions, batch_first, dropout, lengths, reset):
+def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
     """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
 
     Arguments:
@@ -117,44 +107,40 @@ def run(input, hx, layers, options, directions, batch_first, dropout, lengths, r
         hx: (L * D, B, H), or (L * D, H) for one sequence, or None; checked, in the order of layers.
         layers: L * D tuples (weight_ih, weight_hh, bias_ih, bias_hh), the directions of layer 0
             first.
-        options: see ``layer_options``; checked.
-        directions: D flags, True where time runs downward.
+        options: those of each direction, the same for all layers; checked.
         dropout: probability of a zero in the output of every layer but the last; 0 when not
             training.
     Returns:
         output, with D * H features, and h_n, shaped as hx.
     """
-
-    def stack(x, hx, batch_sizes=None, keep=None):
-        return _stack(x, hx, layers, options, directions, dropout, batch_sizes, keep)
-
+    stack = functools.partial(_stack, layers, options, dropout)
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
-        return _run_packed(stack, input, hx, reset, directions)
+        return _run_packed(stack, input, hx, reset)
     if reset is not None:
         checks.check_reset(reset, input.shape[:-1], input.device)
     if input.dim() == 3:
-        return _run_batch(stack, input, hx, lengths, reset, directions, batch_first)
+        return _run_batch(stack, input, hx, lengths, reset, batch_first)
     hx, reset = (None if tensor is None else tensor.unsqueeze(1) for tensor in (hx, reset))
-    output, h_n = _run_batch(stack, input.unsqueeze(1), hx, lengths, reset, directions, False)
+    output, h_n = _run_batch(stack, input.unsqueeze(1), hx, lengths, reset, False)
     return output.squeeze(1), h_n.squeeze(1)
 
 
-def _run_batch(stack, input, hx, lengths, reset, directions, batch_first):
-    rows, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+def _run_batch(stack, input, hx, lengths, reset, batch_first):
+    steps = input.shape[1 if batch_first else 0]
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if batch_first and reset is not None:
         reset = reset.T
     if lengths is not None:
-        lengths = checks.check_lengths(lengths, steps, rows)
-        return _run_padded(stack, input, hx, lengths, reset, directions, batch_first)
+        lengths = checks.check_lengths(lengths, steps, input.shape[0 if batch_first else 1])
+        return _run_padded(stack, input, hx, lengths, reset, batch_first)
     x = input.transpose(0, 1) if batch_first else input
-    output, h_n = stack(x, hx, keep=_keep(reset, directions))
+    output, h_n = stack(x, hx, None, reset)
     return output.transpose(0, 1) if batch_first else output, h_n
 
 
-def _run_packed(stack, input, hx, reset, directions):
+def _run_packed(stack, input, hx, reset):
     data, batch_sizes, order, inverse = input
     if reset is not None:
         existing = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]
@@ -162,12 +148,12 @@ def _run_packed(stack, input, hx, reset, directions):
         reset = reset if order is None else reset.index_select(1, order)
         reset = reset & existing.to(data.device)
     hx = hx if hx is None or order is None else hx.index_select(1, order)
-    output, h_n = stack(data, hx, batch_sizes=batch_sizes, keep=_keep(reset, directions))
+    output, h_n = stack(data, hx, batch_sizes, reset)
     h_n = h_n if inverse is None else h_n.index_select(1, inverse)
     return PackedSequence(output, batch_sizes, order, inverse), h_n
 
 
-def _run_padded(stack, input, hx, lengths, reset, directions, batch_first):
+def _run_padded(stack, input, hx, lengths, reset, batch_first):
     """Pack the rows that have steps, run, and put output back among zeros and h_n back into hx."""
     rows, device = len(lengths), input.device
     lengths, order = lengths.sort(descending=True)
@@ -185,9 +171,9 @@ def _run_padded(stack, input, hx, lengths, reset, directions, batch_first):
     if reset is not None:
         reset = reset[: len(existing)].index_select(1, order) & existing
     if len(order):
-        output, h_n = stack(data, state, batch_sizes=batch_sizes, keep=_keep(reset, directions))
+        output, h_n = stack(data, state, batch_sizes, reset)
     else:  # A step of no rows has the right shapes and dtypes, and gives every gradient, zero.
-        output, h_n = stack(data.unsqueeze(0), state)
+        output, h_n = stack(data.unsqueeze(0), state, None, None)
         output = output.squeeze(0)
 
     zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
@@ -196,42 +182,52 @@ def _run_padded(stack, input, hx, lengths, reset, directions, batch_first):
     return output, hx.index_copy(1, order, h_n)
 
 
-def _stack(x, hx, layers, options, directions, dropout, batch_sizes, keep):
-    """All layers over time-major rows; keep is None or one (T, B) per direction."""
-    states = [None] * len(layers) if hx is None else hx.unbind(0)
-    h_n = []
-    for first in range(0, len(layers), len(directions)):
+def _stack(layers, options, dropout, x, hx, batch_sizes, reset):
+    """All layers over time-major rows; reset, (T, B), is False where a row does not exist."""
+    packed = batch_sizes is not None
+    states, h_n = _split(hx, len(layers), packed), []
+    keep = _keep(reset, options)
+    for first in range(0, len(layers), len(options)):
         outputs = []
-        for direction, reverse in enumerate(directions):
+        for direction, own in enumerate(options):
+            index = first + direction
             output, last = layer(
-                x,
-                states[first + direction],
-                *layers[first + direction],
-                batch_sizes=batch_sizes,
-                keep=None if keep is None else keep[direction],
-                reverse=reverse,
-                **options,
+                x, states[index], *layers[index], batch_sizes, keep[direction], own
             )
             outputs.append(output)
             h_n.append(last)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if dropout and first + len(directions) < len(layers):
+        if dropout and first + len(options) < len(layers):
             x = F.dropout(x, dropout)
-    return x, h_n[0].unsqueeze(0) if len(h_n) == 1 else torch.stack(h_n)
+    return x, _join(h_n, packed)
 
 
-def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, **options):
+# One state of many is (1, B, H), or (B, H) where rows are packed. Where there is but one, every
+# view that is not taken saves 4 us of a call and its backward.
+
+
+def _split(hx, count, packed):
+    if hx is None:
+        return [None] * count
+    if packed:
+        return hx.unbind(0)
+    return [hx] if count == 1 else hx.split(1)
+
+
+def _join(states, packed):
+    if packed:
+        return torch.stack(states)
+    return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
     """One layer in one direction over time-major rows: what rnn_layer does not do."""
     if torch._C._is_any_autocast_enabled():
         tensors = _autocast((x, h0, weight_ih, weight_hh, bias_ih, bias_hh))
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if bias_ih is None or bias_hh is None:
-        bias = bias_hh if bias_ih is None else bias_ih
-    else:
-        bias = bias_ih + bias_hh
     run_layer = _complex_layer if x.is_complex() else rnn_layer
-    return run_layer(x, h0, weight_ih, weight_hh, bias, **options)
+    return run_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options)
 
 
 def _autocast(tensors):
@@ -256,18 +252,22 @@ def _warn_of_complex():
     )
 
 
-def _complex_layer(x, h0, weight_ih, weight_hh, bias, *, truncate=0, clip=None, **options):
+def _complex_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
+    activation, alpha, reverse, truncate, clip = options
     if truncate or clip is not None:
         option = "truncate" if truncate else "clip_grad_h"
         raise NotImplementedError(
             f"{option} must be None for a complex input, got {truncate or clip}"
         )
     _warn_of_complex()
-    output, h_n, _ = reference.rnn_forward(x, h0, weight_ih, weight_hh, bias, **options)
+    weights = weight_ih, weight_hh, bias_ih, bias_hh
+    output, h_n, _ = reference.rnn_forward(
+        x, h0, *weights, activation, batch_sizes, keep, alpha, reverse
+    )
     return output, h_n
 
 
-def _keep(reset, directions):
+def _keep(reset, options):
     """reset, (T, B) and False where the row does not exist, as one keep, (T, B), per direction.
 
     Between steps t-1 and t nothing crosses in either direction where reset[t]: running upward the
@@ -275,7 +275,11 @@ def _keep(reset, directions):
     is hx, which is kept.
     """
     if reset is None:
-        return None
+        return [None] * len(options)
     keep = ~reset
-    upward = torch.cat([keep[1:], torch.ones_like(keep[:1])]) if any(directions) else None
-    return [upward if reverse else keep for reverse in directions]
+    upward = (
+        torch.cat([keep[1:], torch.ones_like(keep[:1])])
+        if any(own.reverse for own in options)
+        else None
+    )
+    return [upward if own.reverse else keep for own in options]

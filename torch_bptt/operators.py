@@ -14,17 +14,35 @@ ops = torch.ops.torch_bptt
 # ---- shapes: the meta device, torch.compile, torch.export ----------------------------------------
 
 
-def _batch(data: Tensor, batch_sizes: Tensor | None) -> int:
+def _state_shape(
+    data: Tensor, batch_sizes: Tensor | None, hidden: int, h0: Tensor | None = None
+) -> tuple[int, ...]:
+    if h0 is not None:
+        return h0.shape
     if batch_sizes is None:
-        return data.shape[1]
-    return batch_sizes[0].item() if len(batch_sizes) else 0
+        batch = data.shape[-2]
+    else:
+        batch = batch_sizes[0].item() if len(batch_sizes) else 0
+    return (batch, hidden) if data.dim() == 2 else (1, batch, hidden)
 
 
 @torch.library.register_fake("torch_bptt::rnn_forward")
-def _(x, h0, weight_ih, weight_hh, bias, batch_sizes=None, keep=None, *, alpha=1.0, **options):
+def _(
+    x,
+    h0,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    activation,
+    batch_sizes=None,
+    keep=None,
+    alpha=1.0,
+    *options,
+):
     hidden = weight_hh.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
-    h_n = x.new_empty((_batch(x, batch_sizes) if h0 is None else h0.shape[0], hidden))
+    h_n = x.new_empty(_state_shape(x, batch_sizes, hidden, h0))
     return h, h_n, x.new_empty((0,)) if alpha == 1 else torch.empty_like(h)
 
 
@@ -38,20 +56,19 @@ def _(
     f,
     weight_ih,
     weight_hh,
-    batch_sizes=None,
-    keep=None,
-    *,
+    activation,
     wanted,
-    **options,
+    batch_sizes=None,
+    *options,
 ):
     hidden = weight_hh.shape[0]
-    batch = (_batch(x, batch_sizes) if h0 is None else h0.shape[0]) if wanted[1] else 0
+    state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] else ()
     grad_x = torch.empty_like(x)
     if x.shape[-1] > 1 and grad_x.stride(-1) != 1:
         grad_x = x.new_empty(x.shape)
     outputs = (
         grad_x,
-        x.new_empty((batch, hidden)),
+        x.new_empty(state),
         x.new_empty(weight_ih.shape),
         x.new_empty(weight_hh.shape),
         x.new_empty((hidden,)),
@@ -60,12 +77,12 @@ def _(
 
 
 @torch.library.register_fake("torch_bptt::adjoint_scan")
-def _(g, gate, weight_hh, batch_sizes=None, keep=None, **options):
-    return g.new_empty(g.shape), g.new_empty((_batch(g, batch_sizes), g.shape[-1]))
+def _(g, gate, weight_hh, batch_sizes=None, *options):
+    return g.new_empty(g.shape), g.new_empty(_state_shape(g, batch_sizes, g.shape[-1]))
 
 
 @torch.library.register_fake("torch_bptt::tangent_scan")
-def _(c, q0, gate, weight_hh, batch_sizes=None, keep=None, **options):
+def _(c, *others):
     return c.new_empty(c.shape)
 
 
@@ -100,19 +117,19 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     Arguments:
         name: the operator.
         rows: its arguments that hold rows of features, which the mapped dimension can join.
-        may_fold: whether one call will do with these options, if nothing but rows is mapped.
+        may_fold: whether one call will do with these arguments, if nothing but rows is mapped.
     """
     op = getattr(ops, name)
-    arguments = [a.name for a in op.default._schema.arguments if not a.kwarg_only]
+    arguments = [a.name for a in op.default._schema.arguments]
 
-    def rule(info, in_dims, *args, **options):
+    def rule(info, in_dims, *args):
         size = info.batch_size
         args = dict(zip(arguments, args, strict=False))
         dims = dict(zip(arguments, in_dims, strict=False))
-        mapped = {a for a, dim in dims.items() if dim is not None}
+        mapped = {a for a, dim in dims.items() if isinstance(dim, int)}
         if "batch_sizes" in mapped:
             raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
-        if mapped <= rows | {"keep"} and may_fold(options):
+        if mapped <= rows | {"keep"} and may_fold(args):
             for a in rows & args.keys():
                 tensor, dim = args[a], dims[a]
                 if tensor is not None and tensor.dim() - (dim is not None) == 1:
@@ -122,16 +139,13 @@ def _register(name: str, rows: set[str], may_fold) -> None:
             args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
             if args.get("batch_sizes") is not None:
                 args["batch_sizes"] = args["batch_sizes"] * size
-            outputs = op(**args, **options)
+            outputs = op(**args)
             if isinstance(outputs, Tensor):
                 return _unfold(outputs, size)
             folded = [_unfold(o, size) for o in outputs]
             return tuple(o for o, _ in folded), tuple(dim for _, dim in folded)
         calls = [
-            op(
-                **{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()},
-                **options,
-            )
+            op(**{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()})
             for i in range(size)
         ]
         if isinstance(calls[0], Tensor):
@@ -141,11 +155,11 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     torch.library.register_vmap(f"torch_bptt::{name}", rule)
 
 
-_register("rnn_forward", {"x", "h0"}, lambda options: True)
+_register("rnn_forward", {"x", "h0"}, lambda args: True)
 _register(
     "rnn_backward",
     {"grad_h", "grad_h_n", "x", "h0", "h", "f"},
-    lambda options: not any(options["wanted"][2:]),
+    lambda args: not any(args["wanted"][2:]),
 )
-_register("adjoint_scan", {"g", "gate"}, lambda options: True)
-_register("tangent_scan", {"c", "q0", "gate"}, lambda options: True)
+_register("adjoint_scan", {"g", "gate"}, lambda args: True)
+_register("tangent_scan", {"c", "q0", "gate"}, lambda args: True)

@@ -5,7 +5,7 @@ operator of the same name in ``torch.ops.torch_bptt``, which is tested against i
 is tested against autograd and torch.nn.RNN. It imports torch alone and computes in the dtype it is
 given.
 
-    forward   p_t = k_t h_{t-1},   h_t = (1-a) p_t + a f(x_t W_ih^T + b + p_t W_hh^T)
+    forward   p_t = k_t h_{t-1},   h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
     adjoint   d_t = g_t + k_{t+1} [ (1-a) d_{t+1} + (G_{t+1} d_{t+1}) W_hh ]
     tangent   q_t = c_t + k_t [ (1-a) q_{t-1} + G_t (q_{t-1} W_hh^T) ]
 
@@ -14,7 +14,8 @@ where G_t = a f'(z_t), elementwise, and z_t is the argument of f.
 Shapes, everywhere: T steps, B batch rows, I input size, H hidden size. "(T, B, H) or (N, H)" means
 dense, or packed as in torch.nn.utils.rnn.PackedSequence: batch_sizes (T,) holds the number of rows
 that exist at each step, positive and never increasing, and N is their sum; B is then
-batch_sizes[0].
+batch_sizes[0]. (B, H) without batch_sizes is a single step. A "state" is one step with as many
+dimensions: (1, B, H) where rows are dense, else (B, H).
 
 To add an activation, add a line to ``activations``.
 """
@@ -41,26 +42,35 @@ class _Timeline:
     """
 
     def __init__(self, data, batch_sizes, keep, reverse, truncate=0):
-        self.packed = batch_sizes is not None
-        self.sizes = batch_sizes.tolist() if self.packed else [data.shape[1]] * data.shape[0]
-        self.batch = (self.sizes[0] if self.sizes else 0) if self.packed else data.shape[1]
+        self.dense = data.dim() == 3
+        if batch_sizes is not None:
+            self.sizes = batch_sizes.tolist()
+        else:
+            self.sizes = [data.shape[1]] * data.shape[0] if self.dense else [data.shape[0]]
+        self.batch = data.shape[1] if self.dense else self.sizes[0] if self.sizes else 0
         self.order = range(len(self.sizes))[:: -1 if reverse else 1]
         self.keep, self.reverse, self.truncate = keep, reverse, truncate
 
     def split(self, data):
         """(T, B, F) or (N, F) -> T tensors (rows of the step, F)."""
-        return data.split(self.sizes) if self.packed else data.unbind(0)
+        return data.unbind(0) if self.dense else data.split(self.sizes)
 
     def join(self, steps, like):
         """The inverse of split, from t -> (rows of the step, F); ``like`` serves where T = 0."""
         if not steps:
             return like.new_zeros(*like.shape)
         steps = [steps[t] for t in sorted(steps)]
-        return torch.cat(steps) if self.packed else torch.stack(steps)
+        return torch.stack(steps) if self.dense else torch.cat(steps)
 
     def start(self, state, like):
-        """The state of all rows before their first step: (B, H), zeros if None."""
-        return like.new_zeros(self.batch, like.shape[-1]) if state is None else state
+        """The state of all rows before their first step as (B, H): the one given, or zeros."""
+        if state is None:
+            return like.new_zeros(self.batch, like.shape[-1])
+        return state.squeeze(0) if self.dense else state
+
+    def end(self, state):
+        """The inverse of start; a tensor of its own."""
+        return state.unsqueeze(0).clone() if self.dense else state.clone()
 
     def replace(self, state, rows):
         return torch.cat([rows, state[len(rows) :]])
@@ -91,23 +101,23 @@ def rnn_forward(
     h0,
     weight_ih,
     weight_hh,
-    bias,
+    bias_ih,
+    bias_hh,
+    activation,
     batch_sizes=None,
     keep=None,
-    *,
-    activation,
     alpha=1.0,
     reverse=False,
 ):
     """Run one Elman layer over a whole sequence, in one direction.
 
         p_t = k_t h_{t-1}
-        h_t = (1-a) p_t + a f(x_t W_ih^T + b + p_t W_hh^T)
+        h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
 
     Arguments:
         x: input, (T, B, I) or (N, I), any floating dtype.
-        h0: state before a row's first step in processing order, (B, H); None means zeros.
-        weight_ih, weight_hh, bias: (H, I), (H, H) and (H,); bias may be None.
+        h0: state before a row's first step in processing order; None means zeros.
+        weight_ih, weight_hh, bias_ih, bias_hh: (H, I), (H, H), (H,) and (H,); a bias may be None.
         batch_sizes: (T,) int64 on the CPU; None means dense.
         keep: k, (T, B) bool; False lets a row start from zero at step t, dropping h0 too. None
             means all True.
@@ -116,7 +126,7 @@ def rnn_forward(
         reverse: process t downward; the state then arrives at step t from t+1.
     Returns:
         h: every state, (T, B, H) or (N, H).
-        h_n: the state after each row's last step in processing order, (B, H).
+        h_n: the state after each row's last step in processing order.
         f: f(z_t), shaped as h, when alpha != 1; otherwise, being h, an empty (0,) tensor.
     Source:
         Elman (1990), Finding structure in time.
@@ -129,10 +139,12 @@ def rnn_forward(
     for t in time.order:
         p = time.keeps(t, state[: time.sizes[t]])
         z = x_steps[t] @ weight_ih.T + p @ weight_hh.T
-        f[t] = value(z if bias is None else z + bias)
+        for bias in (bias_ih, bias_hh):
+            z = z if bias is None else z + bias
+        f[t] = value(z)
         h[t] = _leak(alpha, p, alpha * f[t])
         state = time.replace(state, h[t])
-    return time.join(h, like), state.clone(), time.join(f, like) if alpha != 1 else x.new_empty(0)
+    return time.join(h, like), time.end(state), time.join(f, like) if alpha != 1 else x.new_empty(0)
 
 
 def rnn_backward(
@@ -144,15 +156,14 @@ def rnn_backward(
     f,
     weight_ih,
     weight_hh,
+    activation,
+    wanted,
     batch_sizes=None,
     keep=None,
-    *,
-    activation,
     alpha=1.0,
     reverse=False,
     truncate=0,
     clip=None,
-    wanted,
 ):
     """Backpropagate through time: the gradients of rnn_forward, by hand.
 
@@ -161,9 +172,10 @@ def rnn_backward(
         grad_h0 = d_{-1}       grad_weight_hh = sum delta_t^T p_t
 
     Arguments:
-        grad_h, grad_h_n: gradients of h, (T, B, H) or (N, H), and of h_n, (B, H); None means zeros.
+        grad_h, grad_h_n: gradients of h, (T, B, H) or (N, H), and of the state h_n; None means
+            zeros.
         x, h0, weight_ih, weight_hh and the options: as given to rnn_forward.
-        h, f: as returned by it.
+        h, f: as returned by it; f may be None where alpha is 1.
         truncate: k > 0 cuts the gradient before a row's own steps k, 2k, ...; 0 never does. See
             adjoint_scan.
         clip: c clamps every d_t to [-c, c]; dh0 is not clamped. None clamps nothing.
@@ -203,7 +215,6 @@ def adjoint_scan(
     weight_hh,
     batch_sizes=None,
     keep=None,
-    *,
     alpha=1.0,
     reverse=False,
     truncate=0,
@@ -226,7 +237,7 @@ def adjoint_scan(
         batch_sizes, keep, alpha, reverse: as in rnn_forward.
     Returns:
         d: shaped as g.
-        d0: d_{-1}, the recursion once more without g, (B, H).
+        d0: d_{-1}, the recursion once more without g, a state.
     Source:
         Werbos (1990), Backpropagation through time. It is the transpose of tangent_scan.
     """
@@ -235,7 +246,7 @@ def adjoint_scan(
 
 
 def _adjoint_loop(time, g, arriving, gate, weight_hh, alpha, clip):
-    """adjoint_scan with d_T = arriving, (B, H): the gradient of h_n, whose link is never cut."""
+    """adjoint_scan with d_T = arriving, a state: the gradient of h_n, whose link is never cut."""
     g_steps, gates, d = time.split(g), time.split(gate), {}
     state = time.start(arriving, g)
     for t in reversed(time.order):
@@ -243,7 +254,7 @@ def _adjoint_loop(time, g, arriving, gate, weight_hh, alpha, clip):
         d[t] = d[t] if clip is None else d[t].clamp(-clip, clip)
         leaving = _leak(alpha, d[t], (gates[t] * d[t]) @ weight_hh)
         state = time.replace(state, time.links(t, leaving))
-    return time.join(d, g), state.clone()
+    return time.join(d, g), time.end(state)
 
 
 def tangent_scan(
@@ -253,7 +264,6 @@ def tangent_scan(
     weight_hh,
     batch_sizes=None,
     keep=None,
-    *,
     alpha=1.0,
     reverse=False,
     truncate=0,
@@ -266,7 +276,7 @@ def tangent_scan(
 
     Arguments:
         c: what disturbs each state from outside, (T, B, H) or (N, H).
-        q0: disturbance of h0, (B, H); None means zeros.
+        q0: disturbance of the state h0; None means zeros.
         gate: G, shaped as c.
         weight_hh: (H, H).
         truncate: k > 0 takes k_t as 0 where t = k, 2k, ..., as detaching the state does.

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
-from torch_bptt.functional import layer, layer_options, run
+from torch_bptt.autograd import Options
+from torch_bptt.functional import layer, run
 
 
 class RNN(nn.RNNBase):
@@ -135,12 +136,12 @@ class RNN(nn.RNNBase):
         if hx is not None:
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
         activation = self.mode.removeprefix("RNN_").lower()
-        options = layer_options(activation, self.alpha, self.truncate, self.clip_grad_h)
-        directions = (False, True) if self.bidirectional else (False,)
+        options = [
+            Options(activation, self.alpha, reverse, self.truncate or 0, self.clip_grad_h)
+            for reverse in ((False, True) if self.bidirectional else (False,))
+        ]
         dropout = self.dropout if self.training else 0.0
-        return run(
-            input, hx, layers, options, directions, self.batch_first, dropout, lengths, reset
-        )
+        return run(input, hx, layers, options, self.batch_first, dropout, lengths, reset)
 
     def _layers(self):
         missing = () if self.bias else (None, None)
@@ -250,12 +251,9 @@ class RNNCell(nn.RNNCellBase):
         weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
         batched = input.dim() == 2
-        _, h = layer(
-            input.unsqueeze(0) if batched else input[None, None],
-            hx if batched or hx is None else hx.unsqueeze(0),
-            *weights,
-            activation=self.nonlinearity,
-        )
+        if not batched:
+            input, hx = input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)
+        h, _ = layer(input, hx, *weights, None, None, Options(self.nonlinearity))
         return h if batched else h.squeeze(0)
 
     @classmethod

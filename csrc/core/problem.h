@@ -93,8 +93,8 @@ struct Parallel {
               void* context) = nullptr;
 };
 
-// h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + bias + p_t W_hh^T),   p_t the state that arrives at
-// step t
+// h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + b_ih + b_hh + p_t W_hh^T),   p_t the state that
+// arrives at step t
 template <class S>
 struct ForwardProblem {
   Schedule schedule;
@@ -105,7 +105,7 @@ struct ForwardProblem {
   Rows<const S> h0;      // (B, H); null: zeros
   const S* weight_ih{};  // (H, I) contiguous
   const S* weight_hh{};  // (H, H) contiguous
-  const S* bias{};       // (H) b_ih + b_hh; null: zeros
+  const S* bias[2]{};    // b_ih and b_hh (H); null: zeros
   Rows<S> h;             // out (T, B, H) or (N, H)
   S* h_n{};              // out (B, H) contiguous: the state after each row's last step
   Rows<S> f;             // out, as h: f(z_t); null when alpha is 1, where it equals h

@@ -91,10 +91,11 @@ class ForwardLoop {
 
   void run() {
     zeros.fill_zero(p.H);
-    if (p.bias)
-      convert_row(p.bias, bias.get(), p.H);
-    else
-      bias.fill_zero(p.H);
+    bias.fill_zero(p.H);
+    for (const S* part : p.bias)
+      for_columns<C>(0, part ? p.H : 0, [&](int64_t j, auto lanes) {
+        store(bias.get() + j, load(bias.get() + j, lanes) + load(part + j, lanes), lanes);
+      });
     if constexpr (kConverted<S>)
       for (int64_t b = 0; p.h0.data && b < s.B; ++b)
         convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
