@@ -1,0 +1,11 @@
+"""The implementations that are compared, by name; each is a `torch_bptt.bench.Provider`.
+
+To add one, write a file beside this one and list it here. What it needs beyond torch it imports in
+`prepare`, so that the others run where it is not installed. It runs in the threads that torch was
+told to use.
+"""
+
+from providers.onednn import OneDNN
+from torch_bptt.bench import BASELINE, OURS
+
+PROVIDERS = {provider.name: provider for provider in (BASELINE, OURS, OneDNN())}
