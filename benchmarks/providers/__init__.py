@@ -5,7 +5,9 @@ To add one, write a file beside this one and list it here. What it needs beyond 
 told to use.
 """
 
+from providers.jax_scan import JaxScan
 from providers.onednn import OneDNN
+from providers.onnx_runtime import OnnxRuntime
 from torch_bptt.bench import BASELINE, OURS
 
-PROVIDERS = {provider.name: provider for provider in (BASELINE, OURS, OneDNN())}
+PROVIDERS = {provider.name: provider for provider in (BASELINE, OURS, OneDNN(), JaxScan(), OnnxRuntime())}
