@@ -13,6 +13,7 @@ import ctypes
 import re
 from pathlib import Path
 
+import threads
 import torch
 from cases import find
 from providers import PROVIDERS
@@ -38,9 +39,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    threads.limit(options.threads)
     dtype = getattr(torch, options.dtype)
-    [(_, case)] = find(options.case)
+    _, case = find(options.case)[0]
     provider = PROVIDERS[options.provider]
 
     provider.prepare(Problem.of(Case(4, 2, 8, 8), dtype), backward=True)()
@@ -50,7 +51,7 @@ def main() -> None:
     forget_peak()
     results = step()
     peak = resident("VmHWM")
-    print(peak - before - sum(tensor.nbytes for tensor in results), results[0].nbytes)
+    print(peak - before - sum(array.nbytes for array in results), results[0].nbytes)
 
 
 if __name__ == "__main__":

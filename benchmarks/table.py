@@ -1,17 +1,23 @@
-"""The results as a CSV file: one row for one case, provider, device, dtype, threads and pass."""
+"""The results as a CSV file, one row for each combination of KEY."""
 
 import csv
 import os
 from pathlib import Path
 
-KEY = ("case", "provider", "device", "dtype", "threads", "pass")
+KEY = ("group", "case", "provider", "device", "dtype", "threads", "pass")
 COLUMNS = (
     *KEY,
-    "group",  # of cases.py
+    "T",
+    "B",
+    "I",
+    "H",
     "median_ms",  # of the calls, as are the two quantiles
     "p20_ms",
     "p80_ms",
     "calls",
+    "first_s",  # to get ready and call once: with what compiles, the time to compile
+    "gflop",  # of one call, 1e9 multiplications and additions in matrix products
+    "peak_gflops",  # of the machine with so many threads and this dtype, just before the case
     "extra_mib",  # pass memory: most that was held beyond inputs, outputs and gradients
     "output_mib",  # pass memory: the output itself
     "version",  # of the provider

@@ -28,6 +28,7 @@ import torch_bptt
 from torch_bptt._extension import _C
 
 PASSES = ("forward", "forward+backward")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # A provider's problem made ready: each call solves it once and returns output, h_n and, in the pass
 # forward+backward, the gradients of x, h0 and the parameters, these in the order of nn.RNN's. They
@@ -69,6 +70,13 @@ class Case:
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each row, none longer than the one before."""
+        if not self.uneven:
+            return [self.T] * self.B
+        return [max(1, self.T * (self.B - b) // self.B) for b in range(self.B)]
+
 
 # From one short sequence on a small network to a large batch on a large one.
 CASES = (
@@ -104,8 +112,7 @@ class Problem:
         """The same numbers every time, drawn in float32 and rounded to dtype."""
         batch_sizes, rows = None, (case.T, case.B)
         if case.uneven:
-            lengths = [max(1, case.T * (case.B - b) // case.B) for b in range(case.B)]
-            sizes = [sum(length > t for length in lengths) for t in range(case.T)]
+            sizes = [sum(length > t for length in case.lengths) for t in range(case.T)]
             batch_sizes, rows = torch.tensor(sizes), (sum(sizes),)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -153,8 +160,8 @@ class Provider(abc.ABC):
         """Why it cannot run on this machine at all, as what it needs is not there."""
         return None
 
-    def unable(self, problem: Problem, backward: bool) -> str | None:
-        """Why it cannot solve the problem; None when it can."""
+    def unable(self, case: Case, dtype: torch.dtype, backward: bool) -> str | None:
+        """Why it cannot solve a problem; None when it can."""
         return None
 
     @abc.abstractmethod
@@ -174,6 +181,11 @@ class ModuleProvider(Provider):
     cls: Callable[..., nn.Module]
     version: str
     device: str = "cpu"
+
+    def missing(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        return None
 
     def prepare(self, problem: Problem, backward: bool) -> Step:
         """The problem as a function to call again and again. backward: with all gradients."""
@@ -197,10 +209,23 @@ class ModuleProvider(Provider):
             output, h_n = forward()
             return output, h_n, *torch.autograd.grad(output, wanted, problem.grad_output)
 
-        return train if backward else infer
+        step = train if backward else infer
+
+        def finished() -> tuple[Tensor, ...]:
+            results = step()
+            torch.cuda.synchronize()
+            return results
+
+        return finished if self.device == "cuda" else step
 
 
 BASELINE = ModuleProvider("torch.nn.RNN", nn.RNN, torch.__version__)
+CUDNN = ModuleProvider(
+    "torch.nn.RNN, cuDNN",
+    nn.RNN,
+    f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
+    device="cuda",
+)
 OURS = ModuleProvider("torch_bptt.RNN", torch_bptt.RNN, torch_bptt.__version__)
 
 
@@ -299,7 +324,7 @@ def measure(
         baseline = BASELINE.prepare(problem, backward)()
         steps, first, reasons = {}, {}, {}
         for provider in providers:
-            reason = provider.unable(problem, backward)
+            reason = provider.unable(case, dtype, backward)
             if not reason:
                 start = time.perf_counter()
                 step = provider.prepare(problem, backward)
@@ -347,8 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=60, help="about how long (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch (as many as torch takes)")
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -5,9 +5,15 @@ To add one, write a file beside this one and list it here. What it needs beyond 
 told to use.
 """
 
+from providers.compiled import Compiled
 from providers.jax_scan import JaxScan
 from providers.onednn import OneDNN
 from providers.onnx_runtime import OnnxRuntime
-from torch_bptt.bench import BASELINE, OURS
+from torch_bptt.bench import BASELINE, CUDNN, OURS
 
-PROVIDERS = {provider.name: provider for provider in (BASELINE, OURS, OneDNN(), JaxScan(), OnnxRuntime())}
+PROVIDERS = {
+    provider.name: provider
+    for provider in (BASELINE, CUDNN, OURS, OneDNN(), JaxScan(), OnnxRuntime(), Compiled())
+}
+# What a run takes that was not told; torch.compile needs minutes for each case.
+DEFAULT = [name for name in PROVIDERS if name != "torch.compile"]

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from providers.peer import Peer
-from torch_bptt.bench import Problem, Step
+from torch_bptt.bench import Case, Problem, Step
 
 
 class JaxScan(Peer):
     name = "jax.lax.scan"
     needs = ("jax",)
 
-    def unable(self, problem: Problem, backward: bool) -> str | None:
-        if problem.batch_sizes is not None:
+    def unable(self, case: Case, dtype: torch.dtype, backward: bool) -> str | None:
+        if case.uneven:
             return "no packed sequences"
-        if problem.x.dtype == torch.float64:
+        if dtype == torch.float64:
             return "no float64, unless all of JAX is switched to it"
         return None
 
@@ -27,8 +27,7 @@ class JaxScan(Peer):
         from jax import numpy as jnp
 
         case = problem.case
-        activation = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
-        activation = activation[case.nonlinearity]
+        activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[case.nonlinearity]
 
         def scan(x, h0, w_ih, w_hh, b_ih, b_hh, reverse):
             """One layer in one direction."""

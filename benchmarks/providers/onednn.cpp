@@ -266,8 +266,7 @@ Rnn* rnn_create(int T, int B, int I, int H, int directions, const char* nonlinea
                 bool training) {
   const std::unordered_map<std::string, dnnl::algorithm> activations = {
       {"tanh", dnnl::algorithm::eltwise_tanh},
-      {"relu", dnnl::algorithm::eltwise_relu},
-      {"sigmoid", dnnl::algorithm::eltwise_logistic}};
+      {"relu", dnnl::algorithm::eltwise_relu}};
   Rnn* rnn = nullptr;
   caught([&] {
     const Layer layer{{T, B, I, H, directions},

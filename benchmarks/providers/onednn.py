@@ -1,6 +1,6 @@
 """oneDNN's vanilla RNN through onednn.cpp, one primitive for each layer.
 
-Its bfloat16 has biases and gradients in float32: so the biases are given, so the gradients returned.
+Its bfloat16 has the biases and all gradients in float32; so they are given, so they are returned.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from providers.peer import Peer
-from torch_bptt.bench import Problem, Step
+from torch_bptt.bench import Case, Problem, Step
 
 PREFIX = Path(sysconfig.get_path("data"))
 
@@ -86,10 +86,10 @@ class OneDNN(Peer):
     name = "oneDNN"
     needs = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 
-    def unable(self, problem: Problem, backward: bool) -> str | None:
-        if problem.batch_sizes is not None:
+    def unable(self, case: Case, dtype: torch.dtype, backward: bool) -> str | None:
+        if case.uneven:
             return "no packed sequences"
-        if problem.x.dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in (torch.float32, torch.bfloat16):
             return "float32 and bfloat16 only"
         return None
 

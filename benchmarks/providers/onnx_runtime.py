@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from providers.peer import Peer
-from torch_bptt.bench import Problem, Step
+from torch_bptt.bench import Case, Problem, Step
 
 
 class OnnxRuntime(Peer):
     name = "onnxruntime"
     needs = ("onnxruntime", "onnx")
 
-    def unable(self, problem: Problem, backward: bool) -> str | None:
+    def unable(self, case: Case, dtype: torch.dtype, backward: bool) -> str | None:
         if backward:
             return "forward only"
-        if problem.batch_sizes is not None:
+        if case.uneven:
             return "no packed sequences"
-        if problem.x.dtype != torch.float32:
+        if dtype != torch.float32:
             return "float32 only"
         return None
 
@@ -41,7 +41,7 @@ def graph(problem: Problem) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     case, D = problem.case, problem.case.directions
-    activation = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}[case.nonlinearity]
+    activation = {"tanh": "Tanh", "relu": "Relu"}[case.nonlinearity]
     parameters = list(problem.state.values())
     constants = {"shape": torch.tensor([0, 0, D * case.H])}
     layers = range(case.num_layers)
