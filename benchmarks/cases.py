@@ -37,6 +37,10 @@ GROUPS = {
 }
 
 
+# Solved once before anything is measured, so that libraries and threads are there already.
+TINY = Case(4, 2, 8, 8)
+
+
 def find(pattern: str) -> list[tuple[str, Case]]:
     """(group, case) for each case whose name, or whose group's name, matches a shell pattern."""
     found = [

@@ -4,8 +4,7 @@
 
 prints the bytes that were held at most, beyond inputs, outputs and gradients, and the bytes of the
 output: the peak of the resident memory during a step of forward and backward, less what was
-resident before it, less what the step returns. A step on a tiny problem goes before, so that
-libraries and threads are there already.
+resident before it, less what the step returns. A step on a tiny problem goes before.
 """
 
 import argparse
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import threads
 import torch
-from cases import find
+from cases import TINY, find
 from providers import PROVIDERS
 
-from torch_bptt.bench import Case, Problem
+from torch_bptt.bench import Problem
 
 
 def resident(field: str) -> int:
@@ -44,7 +43,7 @@ def main() -> None:
     _, case = find(options.case)[0]
     provider = PROVIDERS[options.provider]
 
-    provider.prepare(Problem.of(Case(4, 2, 8, 8), dtype), backward=True)()
+    provider.prepare(Problem.of(TINY, dtype), backward=True)()
     step = provider.prepare(Problem.of(case, dtype), backward=True)
     ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps could hide what the step takes
     before = resident("VmRSS")

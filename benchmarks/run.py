@@ -19,14 +19,14 @@ from pathlib import Path
 import table
 import threads
 import torch
-from cases import GROUPS, find, gflop
+from cases import GROUPS, TINY, find, gflop
 from peak import gflops
 from providers import DEFAULT, PROVIDERS
 from tqdm import tqdm
 
 import torch_bptt
 from torch_bptt._extension import _C
-from torch_bptt.bench import DTYPES, Case, Provider, cpu_name, measure, quantile
+from torch_bptt.bench import DTYPES, Case, Problem, Provider, cpu_name, measure, quantile
 
 HERE = Path(__file__).parent
 
@@ -134,6 +134,9 @@ def main() -> None:
         version = {"version": PROVIDERS[provider].version}
         table.write(path, always | which | sizes | version | values)
 
+    for provider in providers:
+        if not provider.unable(TINY, dtype, backward=False):
+            provider.prepare(Problem.of(TINY, dtype).to(options.device), backward=False)()
     reasons = set()
     progress = tqdm(chosen, unit="case")
     for group, case in progress:

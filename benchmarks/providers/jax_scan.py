@@ -56,11 +56,13 @@ class JaxScan(Peer):
             grad_x, grad_h0, grads = vjp((grad_output, jnp.zeros_like(h_n)))
             return output, h_n, grad_x, grad_h0, *grads
 
-        parameters = tuple(map(jnp.from_dlpack, problem.state.values()))
-        inputs = (jnp.from_dlpack(problem.x), jnp.from_dlpack(problem.h0), parameters)
-        if backward:
-            inputs = (jnp.from_dlpack(problem.grad_output), *inputs)
-        compiled = jax.jit(train if backward else forward)
+        # Copies: XLA may still hold an input when Python ends, and must not call torch then.
+        parameters, x, h0, grad_output = jax.tree.map(
+            lambda tensor: jnp.array(jnp.from_dlpack(tensor), copy=True),
+            (tuple(problem.state.values()), problem.x, problem.h0, problem.grad_output),
+        )
+        inputs = (grad_output, x, h0, parameters) if backward else (x, h0, parameters)
+        compiled = jax.jit(train if backward else forward).lower(*inputs).compile()
         return lambda: jax.block_until_ready(compiled(*inputs))
 
     def tensors(self, results: tuple) -> tuple[Tensor, ...]:
