@@ -53,6 +53,8 @@ def bars(axis: pyplot.Axes, rows: list[Row], values: dict[str, list[Ratio | None
     height = 0.8 / len(values)
     for index, (provider, by_case) in enumerate(values.items()):
         there = {at: value for at, value in enumerate(by_case) if value}
+        if not there:
+            continue
         axis.barh(
             [at + (index + 0.5) * height - 0.4 for at in there],
             [value.median for value in there.values()],
@@ -137,6 +139,8 @@ def times(rows: list[Row]) -> tuple:
                 axis.fill_between(x, low, high, color=color(rows, provider), alpha=0.2, linewidth=0)
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.set_title(name)
         column[-1].set_xlabel(fixed(rows, sweep))
     for line in axes:

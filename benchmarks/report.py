@@ -26,7 +26,8 @@ def milliseconds(median: str) -> str:
 
 def ratios(pairs: list[list[float]]) -> str:
     """For each pass how many times slower than OURS, the geometric mean of several."""
-    return " / ".join(f"{geometric_mean(found):.1f}x" if found else "-" for found in pairs)
+    means = [geometric_mean(found) if found else None for found in pairs]
+    return " / ".join(f"{mean:.{1 if mean >= 10 else 2}f}x" if mean else "-" for mean in means)
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

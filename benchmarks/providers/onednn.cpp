@@ -265,8 +265,7 @@ int rnn_threads() { return omp_get_max_threads(); }
 Rnn* rnn_create(int T, int B, int I, int H, int directions, const char* nonlinearity, bool bfloat16,
                 bool training) {
   const std::unordered_map<std::string, dnnl::algorithm> activations = {
-      {"tanh", dnnl::algorithm::eltwise_tanh},
-      {"relu", dnnl::algorithm::eltwise_relu}};
+      {"tanh", dnnl::algorithm::eltwise_tanh}, {"relu", dnnl::algorithm::eltwise_relu}};
   Rnn* rnn = nullptr;
   caught([&] {
     const Layer layer{{T, B, I, H, directions},
