@@ -1,17 +1,20 @@
 """The benchmark suite from end to end, on problems too small to say anything."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import torch_bptt
+from torch_bptt.bench import BASELINE, OURS
+
 for needed in ("matplotlib", "tqdm"):
     pytest.importorskip(needed)
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # run.py with cases of these tests and three providers more: one that is wrong in its gradients, one
 # that is not installed, and one during whose second case somebody interrupts.
@@ -51,10 +54,15 @@ run.main()
 """
 
 
+def python(*arguments, **options):
+    """In a process of its own, with the torch_bptt of these tests."""
+    environment = os.environ | {"PYTHONPATH": str(Path(torch_bptt.__file__).parent.parent)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
 def run(path, *arguments, cases=("main", "sweep-T")):
-    command = [sys.executable, "-c", DRIVER, "--seconds", "0", "--csv", str(path)]
-    command += ["--cases", *cases, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return python("-c", DRIVER, "--seconds", 0, "--csv", path, "--cases", *cases, *arguments)
 
 
 def read(path):
@@ -67,7 +75,7 @@ def results(tmp_path_factory):
     """A CSV of both modules, in two dtypes, one row for each case and pass."""
     path = tmp_path_factory.mktemp("results") / "machine.csv"
     for dtype in ("float32", "bfloat16"):
-        done = run(path, "--dtype", dtype, "--providers", "torch.nn.RNN", "torch_bptt.RNN")
+        done = run(path, "--dtype", dtype, "--providers", BASELINE.name, OURS.name)
         assert done.returncode == 0, done.stderr
     return path
 
@@ -76,7 +84,7 @@ def test_rows(results):
     rows = read(results)
     key = ("group", "case", "provider", "device", "dtype", "threads", "pass")
     assert len({tuple(row[column] for column in key) for row in rows}) == len(rows) == 4 * 2 * 2 * 2
-    assert {row["provider"] for row in rows} == {"torch.nn.RNN", "torch_bptt.RNN"}
+    assert {row["provider"] for row in rows} == {BASELINE.name, OURS.name}
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
@@ -96,11 +104,11 @@ def test_operations_counted(results):
 
 def test_what_is_wrong_is_not_timed_and_what_is_absent_is_said(tmp_path):
     path = tmp_path / "machine.csv"
-    done = run(path, "--providers", "wrong", "absent", "torch_bptt.RNN", cases=["main"])
+    done = run(path, "--providers", "wrong", "absent", OURS.name, cases=["main"])
     assert done.returncode == 1
     assert "absent is left out: not installed: pip install torch-bptt-absent-peer" in done.stdout
     assert "T3-B2-I4-H5, forward: wrong not timed: wrong: h_n is off by" in done.stdout
-    assert {row["provider"] for row in read(path)} == {"torch_bptt.RNN"}
+    assert {row["provider"] for row in read(path)} == {OURS.name}
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
@@ -111,15 +119,14 @@ def test_nothing_to_measure_is_an_error(tmp_path):
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
     path = tmp_path / "machine.csv"
-    done = run(path, "--providers", "torch_bptt.RNN", "interrupted", cases=["sweep-T"])
+    done = run(path, "--providers", OURS.name, "interrupted", cases=["sweep-T"])
     assert done.returncode != 0
     assert {row["case"] for row in read(path)} == {"T1-B2-I4-H5"}
     assert len(read(path)) == 4
 
 
 def test_report(results, tmp_path):
-    command = [sys.executable, BENCHMARKS / "report.py", results, "--plots", tmp_path]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = python(BENCHMARKS / "report.py", results, "--plots", tmp_path, check=True).stdout
     assert "| case | torch_bptt.RNN | torch.nn.RNN |" in printed
     times = {
         tuple(row[c] for c in ("group", "case", "dtype", "provider", "pass")): row["median_ms"]
@@ -127,7 +134,7 @@ def test_report(results, tmp_path):
     }
     ratio = [
         float(times["main", "T3-B2-I4-H5", "float32", provider, "forward"])
-        for provider in ("torch.nn.RNN", "torch_bptt.RNN")
+        for provider in (BASELINE.name, OURS.name)
     ]
     [line] = [line for line in printed.splitlines() if line.startswith("| T3-B2-I4-H5 |")][:1]
     assert f", {ratio[0] / ratio[1]:.2f}x / " in line
@@ -139,8 +146,7 @@ def test_report(results, tmp_path):
 
 
 def test_memory_of_a_step():
-    command = [sys.executable, BENCHMARKS / "memory.py", "T1-B1-I8-H8", "torch_bptt.RNN"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = python(BENCHMARKS / "memory.py", "T1-B1-I8-H8", OURS.name, check=True).stdout
     extra, output = map(int, printed.split())
     assert output == 8 * 4
     assert extra < 2**20
