@@ -143,7 +143,8 @@ def main() -> None:
         progress.set_description(f"{case.name}, threads: {count}")
         if group == "memory":
             for provider in providers:
-                if not provider.unable(case, dtype, backward=True):
+                # What is measured is the memory of the process, which says nothing of a GPU's.
+                if provider.device == "cpu" and not provider.unable(case, dtype, backward=True):
                     extra, output = memory(case.name, provider.name, options.dtype, count)
                     values = {"extra_mib": f"{extra:.1f}", "output_mib": f"{output:.1f}"}
                     record(group, case, provider.name, "memory", **values)

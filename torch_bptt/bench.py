@@ -221,7 +221,7 @@ class ModuleProvider(Provider):
 
 BASELINE = ModuleProvider("torch.nn.RNN", nn.RNN, torch.__version__)
 CUDNN = ModuleProvider(
-    "torch.nn.RNN, cuDNN",
+    "cuDNN",
     nn.RNN,
     f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
     device="cuda",
