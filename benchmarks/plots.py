@@ -30,16 +30,15 @@ pyplot.rcParams.update(
 )
 
 
-def color(rows: list[Row], provider: str) -> str:
-    """The same in all pictures of one file."""
-    return f"C{distinct(rows, 'provider').index(provider)}"
+Colors = dict[str, str]  # of the providers, the same in all pictures
 
 
 def finish(figure: pyplot.Figure, axes: list[pyplot.Axes], title: str, path: Path) -> Path:
     """One legend for all axes, a title, and the file."""
-    legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    for axis in axes[1:]:
-        legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    legend = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +47,7 @@ def finish(figure: pyplot.Figure, axes: list[pyplot.Axes], title: str, path: Pat
     return path
 
 
-def bars(axis: pyplot.Axes, rows: list[Row], values: dict[str, list[Ratio | None]]) -> None:
+def bars(axis: pyplot.Axes, colors: Colors, values: dict[str, list[Ratio | None]]) -> None:
     """For each case a group of bars, one for each provider, whiskers from low to high."""
     height = 0.8 / len(values)
     for index, (provider, by_case) in enumerate(values.items()):
@@ -59,7 +58,7 @@ def bars(axis: pyplot.Axes, rows: list[Row], values: dict[str, list[Ratio | None
             [at + (index + 0.5) * height - 0.4 for at in there],
             [value.median for value in there.values()],
             height=0.9 * height,
-            color=color(rows, provider),
+            color=colors[provider],
             label=provider,
             xerr=[
                 [value.median - value.low for value in there.values()],
@@ -70,7 +69,9 @@ def bars(axis: pyplot.Axes, rows: list[Row], values: dict[str, list[Ratio | None
     axis.grid(axis="y", visible=False)
 
 
-def by_case(rows: list[Row], value: Callable, providers: list[str], label: str) -> tuple:
+def by_case(
+    rows: list[Row], colors: Colors, providers: list[str], value: Callable, label: str
+) -> tuple:
     """A figure with a panel for each pass, in it bars of value(rows of a case, provider, pass)."""
     cases = distinct(rows, "case")
     height = 1.6 + len(cases) * (0.2 + 0.12 * len(providers))
@@ -78,7 +79,7 @@ def by_case(rows: list[Row], value: Callable, providers: list[str], label: str) 
     for axis, name in zip(axes, PASSES, strict=True):
         of_case = [select(rows, case=case) for case in cases]
         values = {who: [value(some, who, name) for some in of_case] for who in providers}
-        bars(axis, rows, values)
+        bars(axis, colors, values)
         axis.set_title(name)
         axis.set_xlabel(label)
     axes[0].set_yticks(range(len(cases)), cases)
@@ -86,9 +87,9 @@ def by_case(rows: list[Row], value: Callable, providers: list[str], label: str) 
     return figure, axes
 
 
-def ratios(rows: list[Row]) -> tuple:
+def ratios(rows: list[Row], colors: Colors) -> tuple:
     peers = [name for name in distinct(rows, "provider") if name != OURS.name]
-    figure, axes = by_case(rows, ratio, peers, f"times slower than {OURS.name}")
+    figure, axes = by_case(rows, colors, peers, ratio, f"times slower than {OURS.name}")
     for axis in axes:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
@@ -108,13 +109,14 @@ def fraction(rows: list[Row], provider: str, name: str) -> Ratio | None:
     return Ratio(*(100 * shortest / float(row[f"{q}_ms"]) for q in ("median", "p80", "p20")))
 
 
-def peaks(rows: list[Row]) -> tuple:
-    figure, axes = by_case(rows, fraction, distinct(rows, "provider"), "percent of the peak")
+def peaks(rows: list[Row], colors: Colors) -> tuple:
+    everyone = distinct(rows, "provider")
+    figure, axes = by_case(rows, colors, everyone, fraction, "percent of the peak")
     axes[0].set_xlim(left=0)
     return figure, axes
 
 
-def times(rows: list[Row]) -> tuple:
+def times(rows: list[Row], colors: Colors) -> tuple:
     """A panel for each size that is swept and each pass: a line for each provider."""
     sweeps = distinct(rows, "group")
     figure, axes = pyplot.subplots(
@@ -132,11 +134,11 @@ def times(rows: list[Row]) -> tuple:
                     [float(row["median_ms"]) for row in line],
                     marker="o",
                     markersize=3,
-                    color=color(rows, provider),
+                    color=colors[provider],
                     label=provider,
                 )
                 low, high = ([float(row[q]) for row in line] for q in ("p20_ms", "p80_ms"))
-                axis.fill_between(x, low, high, color=color(rows, provider), alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=colors[provider], alpha=0.2, linewidth=0)
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
@@ -159,6 +161,7 @@ def fixed(rows: list[Row], sweep: str) -> str:
 
 def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
     """All pictures that the rows allow, into a folder."""
+    colors = {provider: f"C{n}" for n, provider in enumerate(distinct(rows, "provider"))}
     for device, dtype, threads in table.settings(rows):
         here = select(rows, device=device, dtype=dtype, threads=threads)
         timed = [row for row in here if row["pass"] in PASSES]
@@ -174,4 +177,6 @@ def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
         last = here[-1]
         title = f"{last['cpu']}, {last['isa']}, {table.count(threads)}, {dtype}"
         for name, (make, some) in figures.items():
-            yield finish(*make(some), title, folder / f"{name}-{dtype}-threads{threads}.png")
+            yield finish(
+                *make(some, colors), title, folder / f"{name}-{dtype}-threads{threads}.png"
+            )
