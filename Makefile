@@ -9,7 +9,10 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 
+PEERS := .venv-peers
+
 NATIVE   := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
+BENCH_NATIVE := $(sort $(shell find benchmarks -name '*.cpp'))
 
 # The instrumented build and how Python runs on it. Python is not instrumented itself: the runtime of
 # AddressSanitizer has to be loaded first, and with it libstdc++, which it looks into when it starts.
@@ -22,11 +25,11 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test demo lint format sanitize bench clean
+.PHONY: help build test demo lint format sanitize bench bench-peers clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo "Variables: PYTHON, PIP_TORCH_ARGS, and those of setup.py (CXX, MAX_JOBS, ...)."
 
 build: $(VENV)/built  ## set up .venv and compile in place
@@ -37,20 +40,26 @@ test: build  ## all tests; only some: make test ARGS="-k packed"
 demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
-bench: build  ## measure against nn.RNN, write benchmarks/results, print the table
+bench: build  ## measure against nn.RNN, write benchmarks/results, print the tables
 	$(BIN)/python benchmarks/run.py --threads 1 $(ARGS)
 	$(BIN)/python benchmarks/run.py --threads all $(ARGS)
 	$(BIN)/python benchmarks/report.py
 
+# In an environment of its own, which `make` sets up as it does .venv.
+bench-peers:  ## the same against JAX, oneDNN and ONNX Runtime, too
+	$(MAKE) VENV=$(PEERS) build
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-peers.txt
+	$(MAKE) VENV=$(PEERS) bench
+
 lint: $(VENV)/installed  ## style of Python and C++; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(BENCH_NATIVE)
 
 format: $(VENV)/installed  ## rewrite Python and C++ in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(BENCH_NATIVE)
 
 # A build in a directory of its own: the normal one stays as it is. Before any test it is shown that
 # the library is instrumented and that it is the one Python loads.
@@ -61,8 +70,8 @@ sanitize: build  ## kernel tests under AddressSanitizer and UndefinedBehaviorSan
 	$(SANITIZED) -c 'import torch_bptt._C as c; print(c.__file__); assert "$(SANITIZE)" in c.__file__'
 	$(SANITIZED) -m pytest --capture=sys tests/test_kernels.py $(ARGS)
 
-clean:  ## remove all that was built, .venv too
-	rm -rf $(VENV) build dist *.egg-info torch_bptt/_C*.so .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove all that was built, both environments too
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info torch_bptt/_C*.so .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/built: $(VENV)/installed setup.py $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace

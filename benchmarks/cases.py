@@ -28,9 +28,17 @@ GROUPS = {
         Case(100, 32, 64, 128, uneven=True),
         Case(100, 32, 64, 128, num_layers=2, bidirectional=True, uneven=True),
     ),
+    # Along one size at a time.
+    "sweep-H": tuple(Case(100, 32, H, H) for H in (16, 32, 64, 128, 256, 512, 1024)),
+    "sweep-T": tuple(Case(T, 32, 64, 128) for T in (1, 3, 10, 30, 100, 300, 1000)),
+    "sweep-B": tuple(Case(100, B, 64, 128) for B in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
     # A sequence so long that whatever is kept for every step shows in the memory.
     "memory": (Case(2000, 64, 64, 256),),
 }
+
+
+# Solved once before anything is measured, so that libraries and threads are there already.
+TINY = Case(4, 2, 8, 8)
 
 
 def find(pattern: str) -> list[tuple[str, Case]]:
@@ -45,3 +53,11 @@ def find(pattern: str) -> list[tuple[str, Case]]:
         names = [case.name for cases in GROUPS.values() for case in cases]
         raise SystemExit(f"no case matches {pattern!r}; there are {', '.join([*GROUPS, *names])}")
     return found
+
+
+def gflop(case: Case, backward: bool) -> float:
+    """Billions of multiplications and additions in the matrix products of one call."""
+    above = (case.num_layers - 1) * (case.directions + 1) * case.H  # inputs and states, as below
+    products = case.I + case.H + above
+    forward = 2e-9 * sum(case.lengths) * case.directions * case.H * products
+    return 3 * forward if backward else forward

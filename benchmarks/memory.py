@@ -4,8 +4,7 @@
 
 prints the bytes that were held at most, beyond inputs, outputs and gradients, and the bytes of the
 output: the peak of the resident memory during a step of forward and backward, less what was
-resident before it, less what the step returns. A step on a tiny problem goes before, so that
-libraries and threads are there already.
+resident before it, less what the step returns. A step on a tiny problem goes before.
 """
 
 import argparse
@@ -13,11 +12,12 @@ import ctypes
 import re
 from pathlib import Path
 
+import threads
 import torch
-from cases import find
+from cases import TINY, find
 from providers import PROVIDERS
 
-from torch_bptt.bench import Case, Problem
+from torch_bptt.bench import Problem
 
 
 def resident(field: str) -> int:
@@ -38,19 +38,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    threads.limit(options.threads)
     dtype = getattr(torch, options.dtype)
-    [(_, case)] = find(options.case)
+    _, case = find(options.case)[0]
     provider = PROVIDERS[options.provider]
 
-    provider.prepare(Problem.of(Case(4, 2, 8, 8), dtype), backward=True)()
+    provider.prepare(Problem.of(TINY, dtype), backward=True)()
     step = provider.prepare(Problem.of(case, dtype), backward=True)
     ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps could hide what the step takes
     before = resident("VmRSS")
     forget_peak()
     results = step()
     peak = resident("VmHWM")
-    print(peak - before - sum(tensor.nbytes for tensor in results), results[0].nbytes)
+    print(peak - before - sum(array.nbytes for array in results), results[0].nbytes)
 
 
 if __name__ == "__main__":

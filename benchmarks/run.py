@@ -17,14 +17,16 @@ import sys
 from pathlib import Path
 
 import table
+import threads
 import torch
-from cases import GROUPS, find
-from providers import PROVIDERS
+from cases import GROUPS, TINY, find, gflop
+from peak import gflops
+from providers import DEFAULT, PROVIDERS
 from tqdm import tqdm
 
 import torch_bptt
 from torch_bptt._extension import _C
-from torch_bptt.bench import cpu_name, measure, quantile
+from torch_bptt.bench import DTYPES, Case, Problem, Provider, cpu_name, measure, quantile
 
 HERE = Path(__file__).parent
 
@@ -59,6 +61,22 @@ def memory(case: str, provider: str, dtype: str, threads: int) -> tuple[float, f
     return extra, output
 
 
+def usable(names: list[str] | None, device: str) -> list[Provider]:
+    """The providers with these names that can run here; of the others it is said why not."""
+    default = [name for name in DEFAULT if PROVIDERS[name].device == device]
+    found = []
+    for provider in (PROVIDERS[name] for name in names or default):
+        on_other = provider.device != device and f"it runs on {provider.device} only"
+        reason = on_other or provider.missing()
+        if reason:
+            print(f"{provider.name} is left out: {reason}")
+        else:
+            found.append(provider)
+    if not found:
+        raise SystemExit("none of the providers can run here")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,9 +89,14 @@ def main() -> None:
         help="groups or names, * allowed (%(default)s)",
     )
     parser.add_argument(
-        "--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="NAME"
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, PROVIDERS))} (all of the device but torch.compile)",
     )
-    parser.add_argument("--dtype", default="float32", help="(%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     parser.add_argument("--threads", default="1", help="a number or 'all' (%(default)s)")
     parser.add_argument(
         "--seconds",
@@ -84,16 +107,17 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="where to (benchmarks/results/MACHINE.csv)")
     options = parser.parse_args()
 
-    threads = os.cpu_count() if options.threads == "all" else int(options.threads)
-    torch.set_num_threads(threads)
+    every = len(os.sched_getaffinity(0))
+    count = every if options.threads == "all" else int(options.threads)
+    threads.limit(count)
     dtype = getattr(torch, options.dtype)
     path = options.csv or HERE / "results" / f"{machine()}.csv"
     chosen = dict.fromkeys(found for pattern in options.cases for found in find(pattern))
-    providers = [PROVIDERS[name] for name in options.providers]
+    providers = usable(options.providers, options.device)
     always = {
-        "device": "cpu",
+        "device": options.device,
         "dtype": options.dtype,
-        "threads": threads,
+        "threads": count,
         "torch_bptt": torch_bptt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -103,32 +127,52 @@ def main() -> None:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
-    wrong = False
 
-    def record(group: str, case: str, provider: str, name: str, **values: object) -> None:
-        which = {"group": group, "case": case, "provider": provider, "pass": name}
+    def record(group: str, case: Case, provider: str, name: str, **values: object) -> None:
+        which = {"group": group, "case": case.name, "provider": provider, "pass": name}
+        sizes = {"T": case.T, "B": case.B, "I": case.I, "H": case.H}
         version = {"version": PROVIDERS[provider].version}
-        table.write(path, always | which | version | values)
+        table.write(path, always | which | sizes | version | values)
 
+    for provider in providers:
+        if not provider.unable(TINY, dtype, backward=False):
+            provider.prepare(Problem.of(TINY, dtype).to(options.device), backward=False)()
+    reasons = set()
     progress = tqdm(chosen, unit="case")
     for group, case in progress:
-        progress.set_description(f"{case.name}, threads: {threads}")
+        progress.set_description(f"{case.name}, threads: {count}")
         if group == "memory":
-            for provider in options.providers:
-                extra, output = memory(case.name, provider, options.dtype, threads)
-                values = {"extra_mib": f"{extra:.1f}", "output_mib": f"{output:.1f}"}
-                record(group, case.name, provider, "memory", **values)
+            for provider in providers:
+                # What is measured is the memory of the process, which says nothing of a GPU's.
+                if provider.device == "cpu" and not provider.unable(case, dtype, backward=True):
+                    extra, output = memory(case.name, provider.name, options.dtype, count)
+                    values = {"extra_mib": f"{extra:.1f}", "output_mib": f"{output:.1f}"}
+                    record(group, case, provider.name, "memory", **values)
             continue
-        for name, times, reasons in measure(case, dtype, providers, options.seconds):
-            for provider, reason in reasons.items():
-                tqdm.write(f"{case.name}, {name}: {provider} not timed: {reason}")
-                wrong = wrong or reason.startswith("wrong")
-            for provider, seconds in times.items():
+        peak = f"{gflops(options.dtype, count):.1f}" if options.device == "cpu" else ""
+        for found in measure(case, dtype, providers, options.seconds, options.device):
+            for provider, reason in found.reasons.items():
+                # Once for each reason, not for each case; but where it was wrong, that.
+                if reason.startswith("wrong") or (provider, reason) not in reasons:
+                    tqdm.write(f"{case.name}, {found.name}: {provider} not timed: {reason}")
+                reasons.add((provider, reason))
+            for provider, seconds in found.times.items():
                 median, p20, p80 = (f"{1e3 * quantile(seconds, q):.4g}" for q in (0.5, 0.2, 0.8))
-                values = {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
-                record(group, case.name, provider, name, calls=len(seconds), **values)
+                record(
+                    group,
+                    case,
+                    provider,
+                    found.name,
+                    median_ms=median,
+                    p20_ms=p20,
+                    p80_ms=p80,
+                    calls=len(seconds),
+                    first_s=f"{found.first[provider]:.3g}",
+                    gflop=f"{gflop(case, found.name != 'forward'):.4g}",
+                    peak_gflops=peak,
+                )
     print(f"results are in {path}")
-    sys.exit(wrong)
+    sys.exit(any(reason.startswith("wrong") for _, reason in reasons))
 
 
 if __name__ == "__main__":

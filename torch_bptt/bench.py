@@ -10,6 +10,7 @@ the clock starts, and take turns of some milliseconds, so that ratios survive a 
 changes. The suite in benchmarks/ measures more cases and peers with these same functions.
 """
 
+import abc
 import argparse
 import dataclasses
 import gc
@@ -17,6 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,12 @@ import torch_bptt
 from torch_bptt._extension import _C
 
 PASSES = ("forward", "forward+backward")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # A provider's problem made ready: each call solves it once and returns output, h_n and, in the pass
-# forward+backward, the gradients of x, h0 and the parameters, these in the order of nn.RNN's.
-Step = Callable[[], tuple[Tensor, ...]]
+# forward+backward, the gradients of x, h0 and the parameters, these in the order of nn.RNN's. They
+# are arrays of the provider's own kind, which its `tensors` turns into tensors.
+Step = Callable[[], tuple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Case:
         if self.uneven:
             words.append("uneven")
         return "-".join(words)
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each row, none longer than the one before."""
+        if not self.uneven:
+            return [self.T] * self.B
+        return [max(1, self.T * (self.B - b) // self.B) for b in range(self.B)]
 
 
 # From one short sequence on a small network to a large batch on a large one.
@@ -95,11 +110,9 @@ class Problem:
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype) -> "Problem":
         """The same numbers every time, drawn in float32 and rounded to dtype."""
-        directions = 2 if case.bidirectional else 1
         batch_sizes, rows = None, (case.T, case.B)
         if case.uneven:
-            lengths = [max(1, case.T * (case.B - b) // case.B) for b in range(case.B)]
-            sizes = [sum(length > t for length in lengths) for t in range(case.T)]
+            sizes = [sum(length > t for length in case.lengths) for t in range(case.T)]
             batch_sizes, rows = torch.tensor(sizes), (sum(sizes),)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -107,20 +120,20 @@ class Problem:
                 case,
                 module(nn.RNN, case, torch.float32).state_dict(),
                 torch.randn(*rows, case.I),
-                torch.randn(case.num_layers * directions, case.B, case.H),
-                torch.randn(*rows, directions * case.H),
+                torch.randn(case.num_layers * case.directions, case.B, case.H),
+                torch.randn(*rows, case.directions * case.H),
                 batch_sizes,
             )
         return problem.to(dtype)
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        """The same problem in another dtype."""
+    def to(self, to: torch.dtype | str) -> "Problem":
+        """The same problem in another dtype or on another device."""
         return dataclasses.replace(
             self,
-            state={name: tensor.to(dtype) for name, tensor in self.state.items()},
-            x=self.x.to(dtype),
-            h0=self.h0.to(dtype),
-            grad_output=self.grad_output.to(dtype),
+            state={name: tensor.to(to) for name, tensor in self.state.items()},
+            x=self.x.to(to),
+            h0=self.h0.to(to),
+            grad_output=self.grad_output.to(to),
         )
 
 
@@ -136,21 +149,47 @@ def module(cls: type[nn.Module], case: Case, dtype: torch.dtype) -> nn.Module:
     )
 
 
+class Provider(abc.ABC):
+    """One of the implementations to compare."""
+
+    name: str  # as it stands in the results, as do the two below
+    version: str
+    device = "cpu"
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine at all, as what it needs is not there."""
+        return None
+
+    def unable(self, case: Case, dtype: torch.dtype, backward: bool) -> str | None:
+        """Why it cannot solve a problem; None when it can."""
+        return None
+
+    @abc.abstractmethod
+    def prepare(self, problem: Problem, backward: bool) -> Step:
+        """The problem as a function to call again and again. backward: with all gradients."""
+
+    def tensors(self, results: tuple) -> tuple[Tensor, ...]:
+        """What a step returned, as tensors. Outside of what is timed."""
+        return results
+
+
 @dataclasses.dataclass(frozen=True)
-class ModuleProvider:
-    """A module with the signature of nn.RNN as one of the implementations to compare."""
+class ModuleProvider(Provider):
+    """A module with the signature of nn.RNN."""
 
     name: str
-    cls: type[nn.Module]
+    cls: Callable[..., nn.Module]
     version: str
+    device: str = "cpu"
 
-    def unable(self, problem: Problem, backward: bool) -> str | None:
-        """Why it cannot solve the problem; None when it can."""
+    def missing(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch finds no CUDA device"
         return None
 
     def prepare(self, problem: Problem, backward: bool) -> Step:
         """The problem as a function to call again and again. backward: with all gradients."""
-        model = module(self.cls, problem.case, problem.x.dtype)
+        model = module(self.cls, problem.case, problem.x.dtype).to(problem.x.device)
         model.load_state_dict(problem.state)
         x = problem.x.detach().requires_grad_(backward)
         h0 = problem.h0.detach().requires_grad_(backward)
@@ -170,10 +209,23 @@ class ModuleProvider:
             output, h_n = forward()
             return output, h_n, *torch.autograd.grad(output, wanted, problem.grad_output)
 
-        return train if backward else infer
+        step = train if backward else infer
+
+        def finished() -> tuple[Tensor, ...]:
+            results = step()
+            torch.cuda.synchronize()
+            return results
+
+        return finished if self.device == "cuda" else step
 
 
 BASELINE = ModuleProvider("torch.nn.RNN", nn.RNN, torch.__version__)
+CUDNN = ModuleProvider(
+    "cuDNN",
+    nn.RNN,
+    f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
+    device="cuda",
+)
 OURS = ModuleProvider("torch_bptt.RNN", torch_bptt.RNN, torch_bptt.__version__)
 
 
@@ -244,33 +296,47 @@ def take_turns(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]
     return times
 
 
+class Measurement(NamedTuple):
+    """One pass on one case, by provider."""
+
+    name: str  # of the pass
+    times: dict[str, list[float]]  # seconds of each call
+    first: dict[str, float]  # seconds to get ready and call once: with what compiles, that
+    reasons: dict[str, str]  # why one was not timed
+
+
 def measure(
-    case: Case, dtype: torch.dtype, providers: Sequence[ModuleProvider], seconds: float
-) -> Iterator[tuple[str, dict[str, list[float]], dict[str, str]]]:
-    """Check and time providers on one case.
+    case: Case,
+    dtype: torch.dtype,
+    providers: Sequence[Provider],
+    seconds: float,
+    device: str = "cpu",
+) -> Iterator[Measurement]:
+    """Check and time providers on one case, both passes.
 
     Arguments:
         seconds: to spend on each pass of each provider.
-    Yields:
-        for each pass its name; by provider, the seconds of each call; by provider, why it was not
-        timed.
     """
-    problem = Problem.of(case, dtype)
+    problem = Problem.of(case, dtype).to(device)
     exact = BASELINE.prepare(problem.to(torch.float64), backward=True)()
     for name in PASSES:
         backward = name == "forward+backward"
         baseline = BASELINE.prepare(problem, backward)()
-        steps, reasons = {}, {}
+        steps, first, reasons = {}, {}, {}
         for provider in providers:
-            reason = provider.unable(problem, backward)
+            reason = provider.unable(case, dtype, backward)
             if not reason:
-                steps[provider.name] = step = provider.prepare(problem, backward)
-                reason = disagreement(step(), baseline, exact[: len(baseline)], case)
+                start = time.perf_counter()
+                step = provider.prepare(problem, backward)
+                results = step()
+                first[provider.name] = time.perf_counter() - start
+                results = provider.tensors(results)
+                reason = disagreement(results, baseline, exact[: len(baseline)], case)
             if reason:
                 reasons[provider.name] = reason
-                steps.pop(provider.name, None)
-        del baseline
-        yield name, take_turns(steps, seconds), reasons
+            else:
+                steps[provider.name] = step
+        yield Measurement(name, take_turns(steps, seconds), first, reasons)
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -306,8 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=60, help="about how long (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch (as many as torch takes)")
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -323,11 +388,11 @@ def main(arguments: list[str] | None = None) -> None:
     ratios = {name: [] for name in PASSES}
     for case in CASES:
         print(f"{case.name:22}", end="", flush=True)
-        for name, times, reasons in measure(case, dtype, (BASELINE, OURS), seconds):
-            for provider, reason in reasons.items():
-                raise SystemExit(f"\n{name}: {provider} was not timed: {reason}")
-            theirs, ours = (1e3 * quantile(times[p.name], 0.5) for p in (BASELINE, OURS))
-            ratios[name].append(theirs / ours)
+        for found in measure(case, dtype, (BASELINE, OURS), seconds):
+            for provider, reason in found.reasons.items():
+                raise SystemExit(f"\n{found.name}: {provider} was not timed: {reason}")
+            theirs, ours = (1e3 * quantile(found.times[p.name], 0.5) for p in (BASELINE, OURS))
+            ratios[found.name].append(theirs / ours)
             print(f"{theirs:10.3f}{ours:12.3f}{theirs / ours:9.1f}x", end="", flush=True)
         print()
     print(
