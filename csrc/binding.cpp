@@ -2,6 +2,8 @@
 // file with Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <map>
@@ -15,6 +17,11 @@
 // Nothing is keyword-only, as each keyword of a call from Python costs 0.4 us.
 TORCH_LIBRARY(torch_bptt, m) {
   m.set_python_module("torch_bptt.operators");
+  m.def(
+      "rnn(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
+      "float alpha=1.0, bool reverse=False, int truncate=0, float? clip=None) "
+      "-> (Tensor h, Tensor h_n)");
   m.def(
       "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
@@ -34,12 +41,45 @@ TORCH_LIBRARY(torch_bptt, m) {
       "Tensor? keep=None, float alpha=1.0, bool reverse=False, int truncate=0) -> Tensor q");
 }
 
+TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) { m.impl("rnn", torch_bptt::rnn); }
+
+TORCH_LIBRARY_IMPL(torch_bptt, Autograd, m) { m.impl("rnn", torch_bptt::rnn_with_gradient); }
+
 TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) {
   m.impl("rnn_forward", torch_bptt::rnn_forward);
   m.impl("rnn_backward", torch_bptt::rnn_backward);
   m.impl("adjoint_scan", torch_bptt::adjoint_scan);
   m.impl("tangent_scan", torch_bptt::tangent_scan);
 }
+
+namespace torch_bptt {
+
+std::array<Tensor, 6> backward_with_graph(const SavedForBackward& saved,
+                                          const LayerOptions& options,
+                                          const std::array<bool, 6>& wanted) {
+  pybind11::gil_scoped_acquire gil;
+  try {
+    const pybind11::object backward =
+        pybind11::module_::import("torch_bptt.autograd").attr("backward_with_graph");
+    const auto grads =
+        backward(saved.grad_h, saved.grad_h_n, saved.x, saved.h0, saved.weight_ih, saved.weight_hh,
+                 saved.batch_sizes, saved.keep, saved.h, saved.f,
+                 pybind11::make_tuple(options.activation, options.alpha, options.reverse,
+                                      options.truncate, options.clip),
+                 wanted)
+            .cast<std::array<OptionalTensor, 6>>();
+    std::array<Tensor, 6> result;
+    for (size_t i = 0; i < grads.size(); ++i) result[i] = grads[i].value_or(Tensor());
+    return result;
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    python_error persistent;  // autograd's engine knows this one: the exception keeps its type
+    persistent.persist();
+    throw persistent;
+  }
+}
+
+}  // namespace torch_bptt
 
 PYBIND11_MODULE(_C, m) {
   namespace cpu = torch_bptt::cpu;

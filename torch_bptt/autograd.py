@@ -76,10 +76,14 @@ def rnn_layer(
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
-    h, h_n, _ = _apply(
-        RNNForward, x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
+    tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
+    if _transformed():
+        h, h_n, _ = RNNForward.apply(*tensors, batch_sizes, keep, options)
+        return h, h_n
+    activation, alpha, reverse, truncate, clip = options
+    return ops.rnn.default(
+        *tensors, activation, batch_sizes, keep, alpha, reverse, truncate, clip
     )
-    return h, h_n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,25 +218,17 @@ def _refuse_nested_forward_mode() -> None:
         )
 
 
-def _apply(function: type[Function], *args):
-    """``function.apply(*args)`` by the shortest way.
+def _transformed() -> bool:
+    """Whether torch rewrites what runs now, for which it needs a Function in Python.
 
-    ``Function.apply`` first binds args to a signature, which takes longer (0.1 ms) than a short
-    sequence does; and without derivatives there is no need of a Function, except to
-    torch.jit.trace, which compares runs with and without them.
+    Else an operator whose node in the graph is in C++ will do, at a third of the time.
     """
-    if torch.compiler.is_compiling():
-        return function.apply(*args)
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
-        return function.apply(*args)
-    derivatives = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if not derivatives and not torch.jit.is_tracing():
-        return function.forward(*args)
-    # As Function.apply does; what functorch may have left behind is a plain tensor, no Parameter.
-    unwrap = _functorch.unwrap_if_dead
-    args = [unwrap(arg) if type(arg) is Tensor else arg for arg in args]
-    return super(Function, function).apply(*args)
+        return True
+    return (
+        forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -288,48 +284,14 @@ class RNNForward(Function):
 
     @staticmethod
     def backward(ctx, grad_h, grad_h_n, _):
-        x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
-        options = ctx.options
         if grad_h is None and grad_h_n is None:
             return (None,) * 9
-        of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *_ = ctx.needs_input_grad
-        graph_is_built = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        if not graph_is_built or options.clip is not None:
-            run = RNNBackward.apply if graph_is_built else RNNBackward.forward
-            wanted = [of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh]
-            grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias = run(
-                grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options,
-                wanted,
-            )  # fmt: skip
-            return (
-                grad_x if of_x else None,
-                grad_h0 if of_h0 else None,
-                grad_weight_ih if of_weight_ih else None,
-                grad_weight_hh if of_weight_hh else None,
-                grad_bias if of_bias_ih else None,
-                grad_bias if of_bias_hh else None,
-                None, None, None,
-            )  # fmt: skip
-
-        links = Links.of(x, batch_sizes, keep, options)
-        with _in_own_dtype(x):
-            g = torch.zeros_like(h) if grad_h is None else grad_h
-            if grad_h_n is not None:
-                g = links.add_final(g, grad_h_n)
-            p = links.arriving(h, h0, truncated=False)
-            gate = _gate(options, h, f, p)
-            d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(options.alpha))
-            du = gate * d
-            grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
-            return (
-                du @ weight_ih if of_x else None,
-                d0 if of_h0 else None,
-                _outer(du, x) if of_weight_ih else None,
-                _outer(du, p) if of_weight_hh else None,
-                grad_bias if of_bias_ih else None,
-                grad_bias if of_bias_hh else None,
-                None, None, None,
-            )  # fmt: skip
+        wanted = ctx.needs_input_grad[:6]
+        backward = _fused_backward
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            backward = backward_with_graph
+        grads = backward(grad_h, grad_h_n, *ctx.saved_tensors, ctx.options, wanted)
+        return *grads, None, None, None
 
     @staticmethod
     def jvp(ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, *_):
@@ -352,6 +314,60 @@ class RNNForward(Function):
                 u_dot = u_dot + bias_hh_dot
             q = TangentScan.apply(gate * u_dot, h0_dot, gate, weight_hh, *links.scan_options(alpha))
             return q, links.final(q), None
+
+
+def _fused_backward(
+    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted,
+    run=None,
+):  # fmt: skip
+    """The gradients of x, h0, the weights and the biases, None where not wanted, by one operator."""
+    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh = wanted
+    grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias = (run or RNNBackward.forward)(
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options,
+        [of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh],
+    )  # fmt: skip
+    return (
+        grad_x if of_x else None,
+        grad_h0 if of_h0 else None,
+        grad_weight_ih if of_weight_ih else None,
+        grad_weight_hh if of_weight_hh else None,
+        grad_bias if of_bias_ih else None,
+        grad_bias if of_bias_hh else None,
+    )
+
+
+def backward_with_graph(
+    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted
+):  # fmt: skip
+    """As ``_fused_backward``, but differentiable: an adjoint scan between tensor operations.
+
+    Called from ``csrc/autograd.cpp`` too, with options as a plain tuple.
+    """
+    options = Options(*options)
+    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh = wanted
+    if options.clip is not None:
+        return _fused_backward(
+            grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted,
+            RNNBackward.apply,
+        )  # fmt: skip
+    links = Links.of(x, batch_sizes, keep, options)
+    with _in_own_dtype(x):
+        g = torch.zeros_like(h) if grad_h is None else grad_h
+        if grad_h_n is not None:
+            g = links.add_final(g, grad_h_n)
+        p = links.arriving(h, h0, truncated=False)
+        gate = _gate(options, h, f, p)
+        d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(options.alpha))
+        du = gate * d
+        grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
+        return (
+            du @ weight_ih if of_x else None,
+            d0 if of_h0 else None,
+            _outer(du, x) if of_weight_ih else None,
+            _outer(du, p) if of_weight_hh else None,
+            grad_bias if of_bias_ih else None,
+            grad_bias if of_bias_hh else None,
+        )
 
 
 class RNNBackward(Function):
