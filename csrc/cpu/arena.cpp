@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <new>
+#include <utility>
 
 namespace torch_bptt::cpu {
 
@@ -29,12 +30,14 @@ Arena::~Arena() { release(base); }
 
 void* Arena::take(size_t bytes) {
   bytes = whole_lines(bytes);
-  if (in_use == 0 && peak > capacity && peak <= kMost) {
-    release(base);
-    base = nullptr;
-    capacity = 0;
-    base = allocate(peak);
-    capacity = peak;
+  if (in_use == 0) {  // a new call: make room for as much as the last one needed
+    if (peak > capacity && peak <= kMost) {
+      release(std::exchange(base, nullptr));
+      capacity = 0;
+      base = allocate(peak);
+      capacity = peak;
+    }
+    peak = 0;
   }
   void* memory;
   if (bytes <= capacity - used) {

@@ -27,7 +27,7 @@ class Arena {
   size_t capacity = 0;
   size_t used = 0;    // of base
   size_t in_use = 0;  // base or not
-  size_t peak = 0;    // the most that was in use
+  size_t peak = 0;    // the most that was in use since the call began
 };
 
 }  // namespace torch_bptt::cpu

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <thread>
 #include <type_traits>
+#include <utility>
 
 #include "arena.h"
 #include "kernels.h"

@@ -109,18 +109,13 @@ struct Panels {
   // Interleaves the first half of the rows with the second half, log2(L) times.
   template <class V, int L>
   static TORCH_BPTT_INLINE void transpose(V (&rows)[L]) {
-    typename vector_of<C>::bits low{}, high{};
-    for (int i = 0; i < L; ++i) {
-      low[i] = i / 2 + i % 2 * L;
-      high[i] = i / 2 + L / 2 + i % 2 * L;
-    }
 #pragma GCC unroll 8
     for (int stage = 1; stage < L; stage *= 2) {
       V next[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L / 2; ++i) {
-        next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
-        next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+        next[2 * i] = interleave<C, 0>(rows[i], rows[i + L / 2]);
+        next[2 * i + 1] = interleave<C, L / 2>(rows[i], rows[i + L / 2]);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) rows[i] = next[i];

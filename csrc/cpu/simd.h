@@ -59,6 +59,21 @@ using Compute = typename compute_type<S>::type;
 template <class S>
 constexpr bool kNarrow = sizeof(S) < sizeof(float);
 
+// a[FIRST], b[FIRST], a[FIRST + 1], b[FIRST + 1], ... for vectors V of elements as wide as C.
+template <class C, int FIRST, class V, int... I>
+TORCH_BPTT_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = kLanes<C>;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * L)...);
+#else
+  return __builtin_shuffle(a, b, typename vector_of<C>::bits{(FIRST + I / 2 + I % 2 * L)...});
+#endif
+}
+template <class C, int FIRST, class V>
+TORCH_BPTT_INLINE V interleave(V a, V b) {
+  return interleave<C, FIRST>(a, b, std::make_integer_sequence<int, kLanes<C>>{});
+}
+
 using UBits32 = vector_of<float>::unsigned_bits;
 typedef uint16_t Bits16 __attribute__((vector_size(TORCH_BPTT_VECTOR_BYTES / 2)));
 

@@ -4,8 +4,8 @@
 //
 // Both rest on exp(y) = 2^n exp(r), n = round(y / ln 2), |r| <= ln(2) / 2, with exp(r) - 1 from its
 // Taylor series: the first term left out is below half a unit in the last place of the result (r^8
-// / 8!: 5e-9 relative to r in float32; r^14 / 14!: 1e-17 in float64). ln 2 is subtracted in two
-// parts, the first short enough for n times it to be exact.
+// / 8!: 5e-9 relative to r in float32; r^14 / 14!: 1e-17 in float64). Where n gets large, ln 2 is
+// subtracted in two parts, the first short enough for n times it to be exact.
 #pragma once
 
 #include "simd.h"
