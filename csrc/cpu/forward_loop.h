@@ -136,6 +136,9 @@ class ForwardLoop {
       multiply(
           weight_ih(), share.columns.begin, share.columns.end, p.I, rows, x, init, u,
           [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
+            if (j == share.columns.begin)
+              for (int64_t next = end; next < smaller(rows, end + kTileRows); ++next)
+                lines.add(x[next], 0, p.I);
             for (; r < end; ++r) lines.add(u[r], j, j_end);
           },
           [](int64_t, int64_t) {});

@@ -137,7 +137,7 @@ class Lines {
   TORCH_BPTT_INLINE int64_t size() const { return count; }
 
  private:
-  static constexpr int64_t kMost = 64;
+  static constexpr int64_t kMost = 96;
   const void* line[kMost];
   int64_t count = 0;
 };
