@@ -666,6 +666,7 @@ def check_schemas_and_meta_kernels(p):
     wanted = {"wanted": [True, False, True, True, False]}
     tests = ("test_schema", "test_faketensor")
     for operator, arguments, options in [
+        (OPERATORS.rnn, p.inputs, p.forward_options),
         (OPERATORS.rnn_forward, p.inputs, p.forward_options),
         (OPERATORS.rnn_backward, given, p.backward_options | wanted),
         (OPERATORS.adjoint_scan, (p.grad_h, p.gate, p.weight_hh), p.adjoint_options),
