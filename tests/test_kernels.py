@@ -289,6 +289,8 @@ SHAPES = [
     Case(T=20, B=61, I=10, H=33),
     Case(T=20, B=24, I=70, H=150, **EVERYTHING),
     Case(T=1, B=400, I=64, H=128),
+    # Several chunks of packed rows, whose places in the scratch of one another differ.
+    Case(T=60, B=61, I=3, H=130, packed=True),
 ]
 
 

@@ -48,8 +48,8 @@ class BackwardLoop {
       adjoint.run(walk, share, team);
       const P* du = adjoint.chunk_du(walk);
       if (p.grad_x.data) input_gradient(walk.chunk(), du, share, team);
-      if (!weights.wanted()) continue;
       team.wait();
+      if (!weights.wanted()) continue;
       weights.pack(walk.chunk(), du, team);
       team.wait();
       weights.add(walk.rows(), du, walk.first(), team);

@@ -126,6 +126,8 @@ class AdjointWalk {
 };
 
 // A chunk of steps at a time, so that the caller can use the chunk's du_t while they are in cache.
+// All threads must be done with a chunk before one begins the next but one: du of packed rows then
+// lies where other rows' lay.
 template <class S>
 class AdjointLoop {
  public:
@@ -275,7 +277,10 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
     team.wait();
     const Share share = share_of<C>(cut, s, p.H, team);
     AdjointWalk walk(s, chunk_rows);
-    while (walk.next()) loop.run(walk, share, team);
+    while (walk.next()) {
+      loop.run(walk, share, team);
+      team.wait();
+    }
   });
 }
 
