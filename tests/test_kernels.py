@@ -289,6 +289,7 @@ SHAPES = [
     Case(T=20, B=61, I=10, H=33),
     Case(T=20, B=24, I=70, H=150, **EVERYTHING),
     Case(T=1, B=400, I=64, H=128),
+    Case(T=1, B=13, I=416, H=1100),
 ]
 
 

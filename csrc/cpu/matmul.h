@@ -3,9 +3,9 @@
 //   out[r][0..N) = init[r][0..N) + sum_k a[r][k] * b[k][0..N)
 //
 // b is packed once per call into panels a few vectors of columns wide, all k of a panel
-// consecutive, so that the inner loop reads it in order. Rows of a, init and out are lists of
-// pointers: strides, packed sequences, restarted rows (a row of zeros) and previous states need no
-// copy and no branch in the loop.
+// consecutive, so that the inner loop reads it in order.
+// Rows of a, init and out are lists of pointers: strides, packed sequences, restarted rows (a row
+// of zeros) and previous states need no copy and no branch in the loop.
 //
 // Every sum runs over k in order, in one chain per element, whatever the size of the tile: a row's
 // result does not depend on the rows beside it. The exception are `Panels::few_rows`, for
@@ -48,7 +48,13 @@ struct Panels {
   using C = Compute<P>;
   Unit* data;
   int64_t K, N;
-  bool few_rows = false;  // the rows of a are at most kFewRows
+  bool few_rows = false;   // the rows of a are at most kFewRows
+  bool backwards = false;  // a product begins with the last panel
+
+  // For step t of a recurrence over a few rows, which waits for the panels to arrive: every other
+  // step begins with those that the step before has just read, of which the second-level cache has
+  // kept its size (1 MiB: 100 steps of H = 512 took 15 % less time, of 650 and 1024 23 %).
+  Panels of_step(int64_t t) const { return {data, K, N, few_rows, few_rows && t % 2}; }
 
   static int64_t units(int64_t K) { return (K + Product<P>::kTerms - 1) / Product<P>::kTerms; }
   static int64_t size(int64_t K, int64_t N) {
@@ -313,7 +319,9 @@ void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t
               const P* const* a, const Compute<P>* const* init, Compute<P>* const* out, Ahead ahead,
               After after) {
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t p = b.panels(begin); p < b.panels(end); ++p) {
+  const int64_t first = b.panels(begin), last = b.panels(end) - 1;
+  for (int64_t i = first; i <= last; ++i) {
+    const int64_t p = b.backwards ? first + last - i : i;
     const int64_t j = b.first_column(p), columns = b.columns(p);
     for (int64_t g = 0; g < groups; ++g) {  // of nearly equal size: 32 rows are 6+6+5+5+5+5
       const int64_t r = rows * g / groups, r_end = rows * (g + 1) / groups;
