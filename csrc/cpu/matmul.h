@@ -3,7 +3,7 @@
 //   out[r][0..N) = init[r][0..N) + sum_k a[r][k] * b[k][0..N)
 //
 // b is packed once per call into panels a few vectors of columns wide, all k of a panel
-// consecutive, so that the inner loop reads it in order.
+// consecutive, so that the inner loop reads it in order; calls of a few steps read it as it lies.
 // Rows of a, init and out are lists of pointers: strides, packed sequences, restarted rows (a row
 // of zeros) and previous states need no copy and no branch in the loop.
 //
@@ -48,13 +48,14 @@ struct Panels {
   using C = Compute<P>;
   Unit* data;
   int64_t K, N;
-  bool few_rows = false;   // the rows of a are at most kFewRows
-  bool backwards = false;  // a product begins with the last panel
+  bool few_rows = false;           // the rows of a are at most kFewRows
+  bool backwards = false;          // a product begins with the last panel
+  const Unit* in_place = nullptr;  // b as it lies, whole vectors wide, read instead of panels
 
   // For step t of a recurrence over a few rows, which waits for the panels to arrive: every other
   // step begins with those that the step before has just read, of which the second-level cache has
   // kept its size (1 MiB: 100 steps of H = 512 took 15 % less time, of 650 and 1024 23 %).
-  Panels of_step(int64_t t) const { return {data, K, N, few_rows, few_rows && t % 2}; }
+  Panels of_step(int64_t t) const { return {data, K, N, few_rows, few_rows && t % 2, in_place}; }
 
   static int64_t units(int64_t K) { return (K + Product<P>::kTerms - 1) / Product<P>::kTerms; }
   static int64_t size(int64_t K, int64_t N) {
@@ -67,6 +68,11 @@ struct Panels {
   int64_t columns(int64_t panel) const { return smaller(width(), N - first_column(panel)); }
   int vectors(int64_t panel) const { return int((columns(panel) + kLanes<C> - 1) / kLanes<C>); }
   Unit* panel(int64_t panel) const { return data + first_column(panel) * units(K); }
+  // What a product reads: the rows of a panel, and from one to the next.
+  const Unit* rows(int64_t panel) const {
+    return in_place ? in_place + first_column(panel) : this->panel(panel);
+  }
+  int64_t stride(int64_t panel) const { return in_place ? N : vectors(panel) * kLanes<C>; }
 
   // b[k] = row(k), the panels [begin, end)
   template <class Row>
@@ -186,6 +192,7 @@ struct TileProblem {
   const A* const* a;  // what Source wants
   int64_t stride;
   const typename Product<P>::Unit* b;
+  int64_t b_stride;
   const Compute<P>* const* init;  // null: zeros
   Compute<P>* const* out;
   int64_t column, columns;
@@ -217,6 +224,7 @@ void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
   constexpr int kTerms = Product<P>::kTerms;
   const Source<P, ROWS> source(problem.a, problem.stride);
   const typename Product<P>::Unit* b = problem.b;
+  const int64_t b_stride = problem.b_stride;
   const int64_t whole = problem.K / kTerms;
   V sum[CHAINS][ROWS][VECTORS] = {};
   int64_t k = 0;
@@ -224,7 +232,7 @@ void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
     Units b_k[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) b_k[v] = Product<P>::units(b + v * L);
-    b += VECTORS * L;
+    b += b_stride;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const auto a_k = a(r);
@@ -328,7 +336,8 @@ void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t
       Lines lines;
       if (!b.few_rows) ahead(lines, r, r_end, j, j + columns);
       Tiles<P, RowPointers>::get(r_end - r, b.vectors(p), b.few_rows)(
-          {K, a + r, 0, b.panel(p), init ? init + r : nullptr, out + r, j, columns, &lines});
+          {K, a + r, 0, b.rows(p), b.stride(p), init ? init + r : nullptr, out + r, j, columns,
+           &lines});
     }
     if (groups > 1) after(j, j + columns);
   }

@@ -131,9 +131,10 @@ class WeightGradients {
           columns = du_pairs.get() + j;
         else
           columns = du + j;
-        Tiles<P, Columns>::get(width, panels.vectors(column), false)(
-            {panels.K, &columns, p.H, panels.panel(column), start ? nullptr : out, out,
-             panels.first_column(column), panels.columns(column), &none});
+        const auto tile = Tiles<P, Columns>::get(width, panels.vectors(column), false);
+        tile({panels.K, &columns, p.H, panels.rows(column), panels.stride(column),
+              start ? nullptr : out, out, panels.first_column(column), panels.columns(column),
+              &none});
       }
     }
   }
