@@ -28,6 +28,10 @@ SIZES = {
     "odd_100": (6, 17, 10, 100),
     "odd_257": (4, 7, 5, 257),
     "one_wide_row": (6, 1, 40, 257),
+    # so few rows that the weights are not packed: K >= 32 T B
+    "one_row_as_it_lies": (1, 1, 33, 40),
+    "rows_as_they_lie": (1, 7, 229, 257),
+    "few_rows_as_they_lie": (2, 3, 200, 224),
     "many_rows": (3, 61, 7, 33),
     "many_steps": (70, 17, 3, 20),
     "many_chunks": (40, 17, 100, 150),

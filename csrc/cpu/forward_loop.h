@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/cell.h"
+#include "inner_products.h"
 #include "team.h"
 #include "vector_math.h"
 
@@ -80,8 +81,8 @@ class ForwardLoop {
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
         options(p.alpha, -1),
         cell(forward_cell_of<S>(p.activation)),
-        panels_ih(Panels<P>::size(p.I, p.H)),
-        panels_hh(Panels<P>::size(p.H, p.H)),
+        panels_ih(packed(p.I) ? Panels<P>::size(p.I, p.H) : 0),
+        panels_hh(packed(p.H) ? Panels<P>::size(p.H, p.H) : 0),
         bias(p.H),
         zeros(p.H),
         h0(kConverted<S> ? s.B * p.H : 0),
@@ -109,9 +110,26 @@ class ForwardLoop {
   Panels<P> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
   Panels<P> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
 
+  // Whether a weight of K terms is packed.
+  bool packed(int64_t K) const { return !takes_inner_products<C>(s.rows(), K); }
+
+  // out = init + a weight^T, as in multiply().
+  template <class Ahead, class After>
+  void multiply_weight(const Panels<P>& panels, const S* weight, Range columns, int64_t rows,
+                       const P* const* a, const C* const* init, C* const* out, Ahead ahead,
+                       After after) const {
+    if (packed(panels.K)) {
+      multiply(panels, columns.begin, columns.end, panels.K, rows, a, init, out, ahead, after);
+    } else {
+      multiply_transposed(weight, columns.begin, columns.end, panels.K, rows, a, init, out,
+                          panels.backwards);
+      after(columns.begin, columns.end);
+    }
+  }
+
   void run_thread(const Team& team) {
-    pack_transposed(weight_ih(), p.weight_ih, team);
-    pack_transposed(weight_hh(), p.weight_hh, team);
+    if (packed(p.I)) pack_transposed(weight_ih(), p.weight_ih, team);
+    if (packed(p.H)) pack_transposed(weight_hh(), p.weight_hh, team);
     team.wait();
     const Share share = share_of<C>(cut, s, p.H, team);
     for (int64_t done = 0; done < s.T;) {
@@ -133,8 +151,8 @@ class ForwardLoop {
     C* u[kBlockRows];
     int rows = 0;
     const auto flush = [&] {
-      multiply(
-          weight_ih(), share.columns.begin, share.columns.end, p.I, rows, x, init, u,
+      multiply_weight(
+          weight_ih(), p.weight_ih, share.columns, rows, x, init, u,
           [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
             if (j == share.columns.begin)
               for (int64_t next = end; next < smaller(rows, end + kTileRows); ++next)
@@ -168,8 +186,8 @@ class ForwardLoop {
         if (options.leaky()) block.f[r] = s.row(p.f, t, b0 + r);
         if constexpr (kConverted<S>) block.state[r] = ring().row(t, b0 + r);
       }
-      multiply(
-          weight_hh(), share.columns.begin, share.columns.end, p.H, rows, block.arriving, block.z,
+      multiply_weight(
+          weight_hh().of_step(t), p.weight_hh, share.columns, rows, block.arriving, block.z,
           block.z, [](auto&&...) {},
           [&](int64_t j, int64_t j_end) { cell(block, rows, j, j_end, options); });
     }

@@ -202,7 +202,8 @@ class AdjointLoop {
         }
       }
       multiply(
-          weight_hh, columns.begin, columns.end, K, count, block.arriving, nullptr, block.product,
+          weight_hh.of_step(t), columns.begin, columns.end, K, count, block.arriving, nullptr,
+          block.product,
           [&](Lines& lines, int64_t r, int64_t end, int64_t j, int64_t j_end) {
             for (; r < end; ++r) {
               if (block.g[r]) lines.add(block.g[r], j, j_end);
@@ -332,8 +333,8 @@ class TangentLoop {
         z[r] = products.get() + (team.index * kBlockRows + r) * p.H;
       }
       multiply(
-          weight_hh(), share.columns.begin, share.columns.end, p.H, count, arriving, nullptr, z,
-          [](auto&&...) {},
+          weight_hh().of_step(t), share.columns.begin, share.columns.end, p.H, count, arriving,
+          nullptr, z, [](auto&&...) {},
           [&](int64_t first, int64_t last) {
             for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
               const int64_t b = b0 + r;

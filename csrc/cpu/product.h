@@ -19,7 +19,10 @@ struct Product {
   static TORCH_BPTT_INLINE Unit unit(const P* row) { return *row; }
   static TORCH_BPTT_INLINE Unit last_unit(const P* row) { return *row; }
   static TORCH_BPTT_INLINE Units units(const Unit* b) { return load(b, Whole{}); }
-  static TORCH_BPTT_INLINE Vector<P> add(Vector<P> sum, Unit a, Units b) { return sum + a * b; }
+  template <class A>  // a unit or a vector of them
+  static TORCH_BPTT_INLINE Vector<P> add(Vector<P> sum, A a, Units b) {
+    return sum + a * b;
+  }
 
   // Units of columns [j, j + lanes) of `terms` <= kTerms rows; the missing ones are zeros.
   template <class S, class Lanes>
@@ -55,7 +58,8 @@ struct Product<bfloat16> {
     __builtin_memcpy(&v, b, sizeof v);
     return v;
   }
-  static TORCH_BPTT_INLINE Vector<float> add(Vector<float> sum, Unit a, Units b) {
+  template <class A>
+  static TORCH_BPTT_INLINE Vector<float> add(Vector<float> sum, A a, Units b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)(Units{} + a), (__m512bh)b);
   }
 

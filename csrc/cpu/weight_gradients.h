@@ -121,19 +121,24 @@ class WeightGradients {
                    const Team& team) const {
     const Range mine = team.share((p.H + kTileRows - 1) / kTileRows);
     C* out[kTileRows];
-    const Lines none;
     for (int64_t column = 0; column < panels.count(); ++column) {
       for (int64_t group = mine.begin; group < mine.end; ++group) {
         const int64_t j = group * kTileRows, width = smaller(kTileRows, p.H - j);
-        for (int64_t i = 0; i < width; ++i) out[i] = sum + (j + i) * panels.N;
+        Lines lines;  // of the sums so far, which are too many for the cache
+        for (int64_t i = 0; i < width; ++i) {
+          out[i] = sum + (j + i) * panels.N;
+          lines.add(out[i], panels.first_column(column),
+                    panels.first_column(column) + panels.columns(column));
+        }
         const Unit* columns;
         if constexpr (kPairs)
           columns = du_pairs.get() + j;
         else
           columns = du + j;
-        Tiles<P, Columns>::get(width, panels.vectors(column), false)(
-            {panels.K, &columns, p.H, panels.panel(column), start ? nullptr : out, out,
-             panels.first_column(column), panels.columns(column), &none});
+        const auto tile = Tiles<P, Columns>::get(width, panels.vectors(column), false);
+        tile({panels.K, &columns, p.H, panels.rows(column), panels.stride(column),
+              start ? nullptr : out, out, panels.first_column(column), panels.columns(column),
+              &lines, panels.rows(column)});
       }
     }
   }
