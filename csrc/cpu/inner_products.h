@@ -21,21 +21,27 @@ constexpr bool takes_inner_products(int64_t rows, int64_t K) {
   return kLanes<C> >= 8 && 32 * rows <= K;
 }
 
-// lanes[i] = the sum of all lanes of v[i]
-template <class V, int L>
-TORCH_BPTT_INLINE V sums_of_lanes(V (&v)[L]) {
-  using Bits = decltype(v[0] < v[0]);
-#pragma GCC unroll 8
-  for (int segment = L; segment > 1; segment /= 2) {
-    const int half = segment / 2;
-    Bits first{};
-    for (int i = 0; i < L; ++i) first[i] = i / half * segment + i % half;
+// The first, or from FIRST on the second, half of every segment of lanes.
+template <int SEGMENT, int FIRST>
+struct HalfSegments {
+  static constexpr int at(int i, int) {
+    return i / (SEGMENT / 2) * SEGMENT + i % (SEGMENT / 2) + FIRST;
+  }
+};
+
+// Lane i of the result is the sum of all lanes of v[i], for as many v as SEGMENT.
+template <class C, int SEGMENT>
+TORCH_BPTT_INLINE Vector<C> sums_of_lanes(Vector<C>* v) {
+  if constexpr (SEGMENT == 1) {
+    return v[0];
+  } else {
+    constexpr int half = SEGMENT / 2;
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i)
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], first) +
-             __builtin_shuffle(v[2 * i], v[2 * i + 1], first + half);
+      v[i] = shuffle<C, HalfSegments<SEGMENT, 0>>(v[2 * i], v[2 * i + 1]) +
+             shuffle<C, HalfSegments<SEGMENT, half>>(v[2 * i], v[2 * i + 1]);
+    return sums_of_lanes<C, half>(v);
   }
-  return v[0];
 }
 
 // sums[r][c] for ROWS rows of a and kLanes / ROWS rows of w.
@@ -61,7 +67,7 @@ void inner_products(int64_t K, const Operand<S>* const* a, const S* const* w, Co
   int64_t k = 0;
   for (; k + kTerms <= K; k += kTerms) add(k, kTerms);
   if (k < K) add(k, K - k);
-  store(sums, sums_of_lanes(sum), Whole{});
+  store(sums, sums_of_lanes<C, kLanes<C>>(sum), Whole{});
 }
 
 // Columns [begin, end) of out = init + a weight^T for at most ROWS rows.

@@ -120,6 +120,12 @@ struct Panels {
   }
 
  private:
+  // a[FIRST], b[FIRST], a[FIRST + 1], b[FIRST + 1], ...
+  template <int FIRST>
+  struct Interleaved {
+    static constexpr int at(int i, int lanes) { return FIRST + i / 2 + i % 2 * lanes; }
+  };
+
   // Interleaves the first half of the rows with the second half, log2(L) times.
   template <class V, int L>
   static TORCH_BPTT_INLINE void transpose(V (&rows)[L]) {
@@ -128,8 +134,8 @@ struct Panels {
       V next[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L / 2; ++i) {
-        next[2 * i] = interleave<C, 0>(rows[i], rows[i + L / 2]);
-        next[2 * i + 1] = interleave<C, L / 2>(rows[i], rows[i + L / 2]);
+        next[2 * i] = shuffle<C, Interleaved<0>>(rows[i], rows[i + L / 2]);
+        next[2 * i + 1] = shuffle<C, Interleaved<L / 2>>(rows[i], rows[i + L / 2]);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) rows[i] = next[i];

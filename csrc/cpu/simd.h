@@ -59,19 +59,19 @@ using Compute = typename compute_type<S>::type;
 template <class S>
 constexpr bool kNarrow = sizeof(S) < sizeof(float);
 
-// a[FIRST], b[FIRST], a[FIRST + 1], b[FIRST + 1], ... for vectors V of elements as wide as C.
-template <class C, int FIRST, class V, int... I>
-TORCH_BPTT_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int L = kLanes<C>;
+// Lanes of a and b in an order of their own: lane i of the result is lane Order::at(i, lanes) of a
+// followed by b.
+template <class C, class Order, class V, int... I>
+TORCH_BPTT_INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * L)...);
+  return __builtin_shufflevector(a, b, Order::at(I, kLanes<C>)...);
 #else
-  return __builtin_shuffle(a, b, typename vector_of<C>::bits{(FIRST + I / 2 + I % 2 * L)...});
+  return __builtin_shuffle(a, b, typename vector_of<C>::bits{Order::at(I, kLanes<C>)...});
 #endif
 }
-template <class C, int FIRST, class V>
-TORCH_BPTT_INLINE V interleave(V a, V b) {
-  return interleave<C, FIRST>(a, b, std::make_integer_sequence<int, kLanes<C>>{});
+template <class C, class Order, class V>
+TORCH_BPTT_INLINE V shuffle(V a, V b) {
+  return shuffle<C, Order>(a, b, std::make_integer_sequence<int, kLanes<C>>{});
 }
 
 using UBits32 = vector_of<float>::unsigned_bits;
