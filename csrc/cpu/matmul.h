@@ -200,8 +200,9 @@ struct TileProblem {
   Compute<P>* const* out;
   int64_t column, columns;
   const Lines* lines;
-  const typename Product<P>::Unit* ahead;  // units(K) lines that will be wanted in the second-level
-                                           // cache
+  // As many lines as there are units of K, which will be wanted in the second-level cache; null:
+  // none
+  const typename Product<P>::Unit* ahead;
 };
 
 // The end of a tile whose last vector is only partly columns, where storing a part of a vector
@@ -255,14 +256,15 @@ void tile(const TileProblem<P, typename Source<P, ROWS>::Element>& problem) {
     problem.lines->prefetch(k / CHAINS);
     add_chains();
   }
-  const typename Product<P>::Unit* ahead = problem.ahead;
-  for (; k + CHAINS <= whole; k += CHAINS) {
-    if constexpr (CHAINS == 1) {  // tiles of few rows have no time for it
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += 64 / sizeof *ahead;
+  if constexpr (CHAINS == 1) {  // tiles of few rows have no time for it
+    if (problem.ahead) {
+      for (; k < whole; ++k) {
+        __builtin_prefetch(problem.ahead + k * int64_t(64 / sizeof *problem.ahead), 0, 2);
+        add_chains();
+      }
     }
-    add_chains();
   }
+  for (; k + CHAINS <= whole; k += CHAINS) add_chains();
   for (; k < whole; ++k) add(0, [&](int r) { return source.at(r, k); });
   if (problem.K % kTerms) add(0, [&](int r) { return source.last(r, k); });
 #pragma GCC unroll 4
@@ -343,16 +345,19 @@ void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t
   for (int64_t i = first; i <= last; ++i) {
     const int64_t p = b.backwards ? first + last - i : i;
     const int64_t j = b.first_column(p), columns = b.columns(p);
-    // All groups but the first find the panel in cache. Meanwhile they ask for the next one: 32
-    // rows of H = 1760 took 2 to 7 % less time.
-    const int64_t next = groups == 1 || i == last ? p : p + 1;
+    // All groups but the first find the panel in cache. Meanwhile they ask for the next one, unless
+    // all panels stay in the second-level cache: 32 rows of H = 1760 took 2 to 7 % less time, of
+    // H = 128 2 to 4 % more.
+    const bool asks = groups > 1 && i < last && b.size(b.K, b.N) * sizeof(*b.data) > (1 << 19);
     for (int64_t g = 0; g < groups; ++g) {  // of nearly equal size: 32 rows are 6+6+5+5+5+5
       const int64_t r = rows * g / groups, r_end = rows * (g + 1) / groups;
       Lines lines;
       if (!b.few_rows) ahead(lines, r, r_end, j, j + columns);
       Tiles<P, RowPointers>::get(r_end - r, b.vectors(p), b.few_rows)(
           {K, a + r, 0, b.rows(p), b.stride(p), init ? init + r : nullptr, out + r, j, columns,
-           &lines, b.rows(next) + g % kPanelLines * b.units(K) * int64_t(64 / sizeof *b.data)});
+           &lines,
+           asks ? b.rows(p + 1) + g % kPanelLines * b.units(K) * int64_t(64 / sizeof *b.data)
+                : nullptr});
     }
     if (groups > 1) after(j, j + columns);
   }

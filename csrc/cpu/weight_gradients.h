@@ -138,7 +138,7 @@ class WeightGradients {
         const auto tile = Tiles<P, Columns>::get(width, panels.vectors(column), false);
         tile({panels.K, &columns, p.H, panels.rows(column), panels.stride(column),
               start ? nullptr : out, out, panels.first_column(column), panels.columns(column),
-              &lines, panels.rows(column)});
+              &lines, nullptr});
       }
     }
   }
