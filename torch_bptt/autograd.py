@@ -81,9 +81,7 @@ def rnn_layer(
         h, h_n, _ = RNNForward.apply(*tensors, batch_sizes, keep, options)
         return h, h_n
     activation, alpha, reverse, truncate, clip = options
-    return ops.rnn.default(
-        *tensors, activation, batch_sizes, keep, alpha, reverse, truncate, clip
-    )
+    return ops.rnn.default(*tensors, activation, batch_sizes, keep, alpha, reverse, truncate, clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +224,7 @@ def _transformed() -> bool:
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
-    return (
-        forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
+    return forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -320,7 +316,7 @@ def _fused_backward(
     grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted,
     run=None,
 ):  # fmt: skip
-    """The gradients of x, h0, the weights and the biases, None where not wanted, by one operator."""
+    """The gradients of x, h0, weights and biases, None where not wanted, by one operator."""
     of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh = wanted
     grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias = (run or RNNBackward.forward)(
         grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options,
