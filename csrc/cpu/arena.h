@@ -12,8 +12,7 @@ class Arena {
  public:
   static constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kMost =
-      0;  // nothing is kept, so that the ends of every buffer are watched
+  static constexpr size_t kMost = 0;  // so that the ends of every buffer are watched
 #else
   static constexpr size_t kMost = size_t{64} << 20;  // kept by a thread; more than that is not
 #endif
