@@ -36,6 +36,9 @@ struct SavedOptions : torch::CustomClassHolder {
   const LayerOptions options;
 };
 
+}  // namespace
+
+// Its name stands in what autograd says of it.
 struct RNNNode : torch::autograd::Function<RNNNode> {
   // The tensors among the arguments of forward, in their order.
   enum Input { X, H0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, ARGUMENTS = 13 };
@@ -102,8 +105,6 @@ struct RNNNode : torch::autograd::Function<RNNNode> {
     return result;
   }
 };
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> rnn_with_gradient(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
