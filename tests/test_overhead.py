@@ -47,7 +47,7 @@ def test_one_node_between_results_and_leaves(module, inputs):
     result = module(*inputs)
     outputs = result if isinstance(result, tuple) else (result,)
     (node,) = {output.grad_fn for output in outputs}
-    assert "RNNNode" in node.name()  # in C++; the Function in Python takes three times as long
+    assert "RNNNode" in node.name()  # in C++; the Function in Python takes longer
     reached = [edge.variable for edge, _ in node.next_functions if edge is not None]
     leaves = [*inputs, *module.parameters()]
     assert {id(tensor) for tensor in reached} == {id(tensor) for tensor in leaves}

@@ -219,7 +219,7 @@ def _refuse_nested_forward_mode() -> None:
 def _transformed() -> bool:
     """Whether torch rewrites what runs now, for which it needs a Function in Python.
 
-    Else an operator whose node in the graph is in C++ will do, at a third of the time.
+    Else an operator whose node in the graph is in C++ will do, which takes less time.
     """
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
