@@ -76,8 +76,9 @@ def versions(rows: list[table.Row]) -> str:
     """What was measured, on what, when."""
     last = rows[-1]
     named = {row["provider"]: row["version"] for row in rows}
+    commits = ", ".join(commit or "unknown" for commit in distinct(rows, "commit"))
     return (
-        f"{last['cpu']}, {last['cpus']} CPUs, {last['isa']}; commit {last['commit'] or 'unknown'}, "
+        f"{last['cpu']}, {last['cpus']} CPUs, {last['isa']}; commit {commits}, "
         f"{last['date']}; {', '.join(f'{name} {version}' for name, version in named.items())}."
     )
 
