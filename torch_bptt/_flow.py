@@ -48,7 +48,7 @@ def activation_of(module: RNN) -> str:
 
 def alpha_of(module: RNN, index: int) -> Tensor:
     """The leak of layer and direction ``index``, () or (H,), in float64."""
-    alpha = torch.as_tensor(module.alpha).detach().double()
+    alpha = torch.as_tensor(module.alpha, dtype=torch.float64).detach()
     return alpha[index] if alpha.dim() == 2 else alpha
 
 
@@ -111,7 +111,7 @@ class LayerFlow:
         # Squares of norms may be too large or too small for a float64; their logs are not.
         logs = self.norms.double().gather(0, step.clamp(min=0)).log()
         logs = torch.where(there, logs, -math.inf)
-        return (torch.logsumexp(2 * logs, 1) - there.sum(1).log()) / 2
+        return (torch.logsumexp(2 * logs, 1) - there.sum(1).double().log()) / 2
 
     @functools.cached_property
     def _slope(self):
@@ -186,8 +186,12 @@ class LayerFlow:
         """
         f = self.states if self.states.dtype == torch.float64 else self.states.float()
         if not (self.alpha == 1).all():
-            alpha = self.alpha.to(f.dtype)
-            f = (f - (1 - alpha) * self._arriving(f)) / alpha
+            alpha, p = self.alpha.to(f.dtype), self._arriving(f)
+            driven = f - (1 - alpha) * p
+            # h is the rounded sum of two rounded terms: within a few roundings f(z) is zero, and
+            # for relu it matters on which side.
+            noise = 8 * torch.finfo(self.states.dtype).eps * (f.abs() + p.abs())
+            f = torch.where(driven.abs() <= noise, 0, driven / alpha)
         _, slope = activations[self.activation]
         return torch.where(f.isnan(), math.nan, slope(f) / STEEPEST[self.activation])
 

@@ -199,8 +199,9 @@ def _of_the_states(*, first_bad_state, **_):
 
 
 def _of_the_gradient(
-    *, largest, half_life, doubling, left, grown, reach, last_step_back, first_bad_gradient, **_
-):
+    *, largest, growth, half_life, doubling, left, grown, reach, last_step_back,
+    first_bad_gradient, **_,
+):  # fmt: skip
     if first_bad_gradient:
         step, row = first_bad_gradient
         return True, f"gradient is NaN or infinite, going back first at step {step} in row {row}"
@@ -208,19 +209,22 @@ def _of_the_gradient(
         return True, "no gradient arrives: the loss does not depend on these states"
     if last_step_back == 0:
         return False, f"gradient has norm {largest:.2g} at the only step"
+    if growth is None:
+        return left < VANISHED, "gradient is there at one step only"
     if left > 1 / 2 and grown < 2:
-        return False, f"gradient keeps its size within a factor of 2 over {last_step_back} steps"
+        return False, f"gradient keeps its size within a factor of 2 over {reach} steps"
+    pace = "goes up and down"
     if half_life:
         pace = f"halves every {half_life:.1f} steps back"
     elif doubling:
         pace = f"doubles every {doubling:.1f} steps back"
-    else:
-        pace = "is there at one step only"
     if reach < last_step_back:
         rest = f"nothing is left {reach + 1} steps back"
+    elif doubling:
+        rest = f"{grown:.2g}-fold in all"
     else:
         rest = f"{left:.2g} of it is left {reach} steps back"
-    verdicts = [f"explodes {grown:.2g}-fold"] if grown > EXPLODED else []
+    verdicts = ["explodes"] if grown > EXPLODED else []
     verdicts += ["vanishes"] if left < VANISHED else []
     verdict = f"{' and '.join(verdicts)}: it " if verdicts else ""
     return bool(verdicts), f"gradient {verdict}{pace}; {rest}"
