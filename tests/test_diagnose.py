@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -690,6 +691,31 @@ def test_without_matplotlib_plots_say_what_to_install(monkeypatch):
 
 
 # The words
+
+
+def numbers_of(text):
+    return [float(number) for number in re.findall(NUMBER, text)]
+
+
+NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?"
+
+
+def test_the_page_prints_what_it_says(pyplot, capsys):
+    """Word for word; numbers to 5 %, as they have two digits and float32 rounds differently."""
+    page = (ROOT / "docs" / "diagnose.md").read_text()
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks].count("text") == 3
+    names = {}
+    for kind, block in blocks:
+        if kind == "python":
+            printed = capsys.readouterr().out
+            assert not printed, "not on the page"
+            exec(block, names)
+        else:
+            printed = capsys.readouterr().out
+            assert re.sub(NUMBER, "#", printed) == re.sub(NUMBER, "#", block)
+            assert numbers_of(printed) == pytest.approx(numbers_of(block), rel=0.05)
+    assert len(pyplot.get_fignums()) == 2
 
 
 @pytest.mark.parametrize("name", ["diagnose", "_flow"])

@@ -98,6 +98,12 @@ class LayerFlow:
         call = f", call {self.call}" if self.call else ""
         return label(self.module, self.layer, self.reverse) + call
 
+    @property
+    def rms_by_step(self) -> Tensor:
+        """(T,) float64: root mean square over rows of the norms at step t; NaN where no row is."""
+        there = torch.arange(len(self.norms))[:, None] < self.lengths
+        return _log_rms(self.norms.double().log(), there).exp()
+
     @functools.cached_property
     def log_norms(self) -> Tensor:
         """(longest row,) float64: log of the root mean square over rows, by steps back.
@@ -108,10 +114,7 @@ class LayerFlow:
         back = torch.arange(int(self.lengths.max()) if len(self.lengths) else 0)[:, None]
         there = back < self.lengths
         step = back.expand(there.shape) if self.reverse else self.lengths - 1 - back
-        # Squares of norms may be too large or too small for a float64; their logs are not.
-        logs = self.norms.double().gather(0, step.clamp(min=0)).log()
-        logs = torch.where(there, logs, -math.inf)
-        return (torch.logsumexp(2 * logs, 1) - there.sum(1).double().log()) / 2
+        return _log_rms(self.norms.double().gather(0, step.clamp(min=0)).log(), there)
 
     @functools.cached_property
     def _slope(self):
@@ -245,6 +248,13 @@ class LayerFlow:
             return None
         step = places[:, 0].max() if downward else places[:, 0].min()
         return Place(int(step), int(places[places[:, 0] == step][0, 1]))
+
+
+def _log_rms(logs: Tensor, there: Tensor) -> Tensor:
+    """Log of the root mean square over rows that are there, from logs: squares may be too large or
+    too small for a float64, their logs are not."""
+    squares = torch.logsumexp(2 * torch.where(there, logs, -math.inf), 1)
+    return (squares - there.sum(1).double().log()) / 2
 
 
 class GradientFlow:

@@ -28,9 +28,9 @@ def report(layers, weights):
 def gradient_flow(layers, ax=None):
     ax = _axes(ax)
     for layer in layers:
-        steps, curve = _over_time(layer)
+        norms = layer.rms_by_step
         # A logarithmic axis has no place for zero: the line ends there.
-        ax.plot(steps, curve.where(curve > 0, torch.nan), label=layer.label)
+        ax.plot(torch.arange(len(norms)), norms.where(norms > 0, torch.nan), label=layer.label)
     ax.set_yscale("log")
     ax.set(xlabel="step t", ylabel="norm of dL/dh_t, rms over rows", title="Gradient of the state")
     return _legend(ax)
@@ -58,29 +58,18 @@ def eigenvalues(weights, ax=None):
     return _legend(ax)
 
 
-def jacobian_spectrum(layers, ax=None):
+def jacobian_spectrum(layers, ax=None, label=None):
     ax = _axes(ax)
     for layer in layers:
         rates = layer.rates.flatten(0, 1)
         index = torch.arange(1, rates.shape[1] + 1)
-        about = f"{layer.label}: {layer.window} steps"
+        about = f"{label or layer.label}, {layer.window} steps"
         (line,) = ax.plot(index, rates.median(0).values, ".-", label=about)
         low, high = rates.amin(0), rates.amax(0)
         ax.fill_between(index, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.axhline(1, color="0.6", linewidth=1)
     ax.set(xlabel="index", ylabel="growth per step", title="Singular values of Jacobian products")
     return _legend(ax)
-
-
-def _over_time(layer):
-    """t and the root mean square over rows of the norms at t; rows that have no step t left out."""
-    norms = layer.norms.double()
-    there = torch.arange(len(norms))[:, None] < layer.lengths
-    # Divided by the largest, so that squares neither overflow nor vanish.
-    largest = norms.where(there, 0).amax(1) if norms.numel() else norms.new_zeros(len(norms))
-    scale = torch.where(largest > 0, largest, 1)
-    squares = (norms / scale[:, None]).square().where(there, 0).sum(1) / there.sum(1)
-    return torch.arange(len(norms)), scale * squares.sqrt()
 
 
 def _legend(ax):

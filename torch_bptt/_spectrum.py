@@ -156,11 +156,12 @@ class LayerSpectrum:
 class JacobianSpectrum(list):
     """What ``jacobian_spectrum`` found: a list of ``LayerSpectrum``."""
 
-    def plot(self, ax=None):
+    def plot(self, ax=None, label: str | None = None):
         """Singular values as growth per step: medians over windows and rows, and their range.
 
         Arguments:
             ax: matplotlib Axes to draw on; None makes a figure.
+            label: for the legend, instead of the names of the layers.
         Returns:
             The Axes.
         Raises:
@@ -168,7 +169,7 @@ class JacobianSpectrum(list):
         """
         from torch_bptt import _plots
 
-        return _plots.jacobian_spectrum(self, ax)
+        return _plots.jacobian_spectrum(self, ax, label)
 
 
 @torch.no_grad()

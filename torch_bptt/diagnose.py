@@ -236,8 +236,8 @@ def _of_the_units(*, activation, saturated, dead, **_):
     if activation == "relu":
         found = dead > MANY_DEAD
         return found, f"units are off {_percent(saturated)} of the time; {_percent(dead)} are dead"
-    if saturated == 0:
-        return False, "no unit is saturated at any step"
+    if saturated < 0.005:
+        return False, f"{'hardly any' if saturated else 'no'} unit is saturated at any step"
     found = saturated > MANY_SATURATED or dead > MANY_DEAD
     meaning = f"slope below {_percent(SATURATED)} of the largest"
     return found, f"{_percent(saturated)} of units saturated ({meaning}), {_percent(dead)} always"
