@@ -154,6 +154,9 @@ def test_what_float64_cannot_tell_from_zero_is_zero():
     half = linear(orthogonal(3), "relu", bias=[9.0, -9, 9])
     layer = diagnose.jacobian_spectrum(half, x + 9, window=1, exponents=3)[0]
     assert (layer.lyapunov == -math.inf).tolist() == [[False, False, True]]
+    flat = orthogonal(3) @ torch.diag(torch.tensor([1.0, 1, 0]).double()) @ orthogonal(3, seed=1)
+    layer = diagnose.jacobian_spectrum(linear(flat), x, exponents=3)[0]
+    assert (layer.lyapunov == -math.inf).tolist() == [[False, False, True]]
 
 
 def test_exponents_add_up_to_the_mean_of_log_det():

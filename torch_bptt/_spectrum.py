@@ -346,7 +346,7 @@ def _lyapunov(gate, weight, alpha, count, skip):
         axes, triangle = torch.linalg.qr(_step(gate[step], weight, alpha, axes))
         if step >= skip:
             growth = triangle.diagonal(dim1=-2, dim2=-1).abs()
-            lost = growth <= resolution * growth.amax(-1, keepdim=True)
+            lost = growth < resolution * growth.amax(-1, keepdim=True)
             total = total + torch.where(lost, 0, growth).log()
     return (total / (steps - skip)).sort(descending=True).values
 

@@ -5,8 +5,8 @@
     diagnose.jacobian_spectrum(rnn, x)                                  singular values, exponents
     diagnose.weights(model)                                             spectral radius, sigma_max
 
-``docs/diagnose.md`` has a session. Numbers are in ``_flow`` and ``_spectrum``, pictures in
-``_plots``; the words are here.
+``docs/diagnose.md`` has a session. Norms come from ``_watch``, numbers from ``_flow``
+and ``_spectrum``, pictures from ``_plots``; the words are here.
 """
 
 import math
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from torch_bptt._flow import SATURATED, GradientFlow, LayerFlow, Place, gradient_flow
+from torch_bptt._flow import SATURATED, LayerFlow, Place
 from torch_bptt._spectrum import (
     JacobianSpectrum,
     LayerSpectrum,
@@ -24,6 +24,7 @@ from torch_bptt._spectrum import (
     jacobian_spectrum,
     weights,
 )
+from torch_bptt._watch import GradientFlow, gradient_flow
 
 __all__ = [
     "GradientFlow", "JacobianSpectrum", "LayerFlow", "LayerSpectrum", "LayerWeights", "Place",
