@@ -184,9 +184,8 @@ class LayerFlow:
         if not (self.alpha == 1).all():
             alpha, p = self.alpha.to(f.dtype), self._arriving(f)
             driven = f - (1 - alpha) * p
-            # h is the rounded sum of two rounded terms: within a few roundings f(z) is zero, and
-            # for relu it matters on which side.
-            noise = 8 * torch.finfo(self.states.dtype).eps * (f.abs() + p.abs())
+            # h is rounded to its dtype: below that f(z) is zero, and for relu the side matters.
+            noise = torch.finfo(self.states.dtype).eps * f.abs()
             f = torch.where(driven.abs() <= noise, 0, driven / alpha)
         _, slope = activations[self.activation]
         return torch.where(f.isnan(), math.nan, slope(f) / STEEPEST[self.activation])
