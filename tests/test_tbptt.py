@@ -546,6 +546,26 @@ def test_the_state_is_carried_over_from_call_to_call():
     assert_same("loss", loss, torch.stack(losses).mean(), LIMIT)
 
 
+@pytest.mark.parametrize(("k1", "k2"), [(3, 7), (4, 4)])
+def test_an_initial_state_is_learned(k1, k2):
+    """It is in the optimizer: every window that begins at step 0 begins at what it is then."""
+
+    class WithStart(Network):
+        def forward(self, input, hx=None):
+            return super().forward(input, self.start if hx is None else hx)
+
+    ours, theirs = network(), network()
+    theirs = WithStart(theirs.layer, theirs.head)
+    theirs.start = nn.Parameter(randn(1, 2, 4, seed=2))
+    x, y, hx = randn(13, 2, 3), randn(13, 2, 2, seed=1), theirs.start.detach().clone()
+    first = torch.optim.SGD([*ours.parameters(), hx.requires_grad_()], lr=0.1)
+    tbptt(ours, x, y, mse_loss, k1=k1, k2=k2, hx=hx, optimizer=first)
+    second = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    step_by_step(theirs, x, y, mse_loss, k1, k2, None, second)
+    assert_same("hx", hx.detach(), theirs.start.detach(), LIMIT)
+    assert (hx - randn(1, 2, 4, seed=2)).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(("k1", "k2"), [(3, 7), (5, 2)])
 def test_before_update_stands_between_backward_and_step(k1, k2):
     net, x, y = network(), randn(13, 2, 3), 10 * randn(13, 2, 2, seed=1)
@@ -704,7 +724,8 @@ MISTAKES = {
         "expected 3 in dimension 0, got (2, 3)",
     ),
     "module with a packed state": (
-        dict(module=lambda x, hx: (x, pack_sequence([x[:, 0]]))), TypeError, "hx of module must be a tensor",
+        dict(module=lambda x, hx: (x, pack_sequence([x[:, 0]]))), TypeError,
+        "hx of module must be a tensor",
     ),
     "loss a number": (dict(loss_fn=lambda o, y: 1.0), TypeError, "return a tensor, got float"),
     "loss not reduced": (
