@@ -46,11 +46,10 @@ def run_in_stretches(
         checks.check_checkpoint("RNN", checkpoint, len(layers) // directions, directions)
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
-    tensors, _ = _take_tensors((x, hx, layers, options))
-    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    held_anyway = checkpoint is None if graph else need_output
-    waits = len(layers) > directions > 1  # for whole outputs of layers below
-    if held_anyway or waits or autograd._transformed():
+    # A second bidirectional layer waits for the whole output of the first.
+    whole = autograd._transformed() or len(layers) > directions > 1
+    graph = not whole and _records_gradient((x, hx, layers, options))
+    if whole or (checkpoint is None if graph else need_output):
         output, h_n = stack(layers, options, dropout, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n
 
@@ -73,6 +72,11 @@ def run_in_stretches(
     return torch.cat(outputs, -1) if need_output else None, torch.cat(states)
 
 
+def _records_gradient(tree):
+    tensors, _ = _take_tensors(tree)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _take_tensors(tree):
     """The tensors in nested lists and tuples, and what puts others in their places."""
     leaves, structure = pytree.tree_flatten(tree)
@@ -92,8 +96,9 @@ def _take_tensors(tree):
 def _refuse_transforms():
     if autograd._transformed():
         raise NotImplementedError(
-            "checkpoint must be None under transforms (torch.func, forward mode, torch.export, "
-            "torch.jit.trace), as backward runs autograd once more, which they do not see"
+            "checkpoint must be None under transforms (torch.func, forward mode, torch.compile, "
+            "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "
+            "do not see; torch.compiler.disable(module) leaves the module out of a compiled model"
         )
 
 
