@@ -81,6 +81,20 @@ TORCH_BPTT_INLINE Vector<C> going_back(const C* product, const S* mask, const C*
   return d;
 }
 
+// Most networks: no leak, mask or clamp, and nobody asks for d_t or restarts from a state of his
+// own.
+template <class S, class Gate>
+void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                        const AdjointOptions<Compute<S>>&) {
+  using C = Compute<S>;
+  for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
+    Vector<C> d = load(block.product[r] + j, lanes);
+    if (block.g[r]) d += load(block.g[r] + j, lanes);
+    if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
+    store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes)) * d, lanes);
+  });
+}
+
 template <class S, class Gate>
 void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
                   const AdjointOptions<Compute<S>>& given) {
@@ -109,11 +123,19 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
 }
 
 template <class S>
-AdjointCell<S> adjoint_cell_of(Activation activation) {
+struct AdjointCells {
+  AdjointCell<S> plain, full;
+};
+
+template <class S, class Gate>
+constexpr AdjointCells<S> kAdjointCells{plain_adjoint_cell<S, Gate>, adjoint_cell<S, Gate>};
+
+template <class S>
+AdjointCells<S> adjoint_cells_of(Activation activation) {
   switch (activation) {
 #define TORCH_BPTT_ENTRY(name, type) \
   case Activation::name:             \
-    return adjoint_cell<S, SlopeGate<type>>;
+    return kAdjointCells<S, SlopeGate<type>>;
     TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
   }
@@ -177,12 +199,13 @@ class AdjointLoop {
   using P = Operand<S>;
 
   AdjointLoop(const Schedule& s, int64_t H, const Compute<S>* alpha, double clip,
-              AdjointCell<S> cell, const AdjointRows<S>& rows, const Panels<P>& weight_hh,
+              const AdjointCells<S>& cells, const AdjointRows<S>& rows, const Panels<P>& weight_hh,
               int64_t chunk_rows, const Cut& cut, bool keep_d)
       : s(s),
         H(H),
         options{alpha, Compute<S>(clip), rows.mask.data != nullptr},
-        cell(cell),
+        plain(!alpha && clip < 0 && !rows.mask.data && !rows.d.data && !rows.restart && !keep_d),
+        cell(plain ? cells.plain : cells.full),
         rows(rows),
         weight_hh(weight_hh),
         cut(cut),
@@ -244,9 +267,6 @@ class AdjointLoop {
         const bool restarts = K > 0 && rows.restart && !s.kept(next, b);
         const bool linked = restarts || (K > 0 && s.linked(next, b));
         block.arriving[r] = linked ? du_row(walk, next, b) : zero_row();
-        block.restart[r] = restarts ? restart_row(b) : nullptr;
-        block.mask[r] = mask_row(b);
-        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
         block.du[r] = du_row(walk, t, b);
         if constexpr (std::is_same_v<P, C>)
           block.product[r] = block.du[r];
@@ -255,6 +275,10 @@ class AdjointLoop {
         block.g[r] = rows.g.data ? s.row(rows.g, t, b) : nullptr;
         block.g_n[r] = K == 0 && rows.g_n.data ? rows.g_n.data + b * rows.g_n.row : nullptr;
         block.y[r] = s.row(rows.y, t, b);
+        if (plain) continue;
+        block.mask[r] = mask_row(b);
+        block.restart[r] = restarts ? restart_row(b) : nullptr;
+        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
         block.d_out[r] = rows.d.data ? s.row(rows.d, t, b) : nullptr;
         if (options.alpha) {
           block.d_next[r] = linked ? ring().row(next, b) : zeros.get();
@@ -319,6 +343,7 @@ class AdjointLoop {
   const Schedule& s;
   const int64_t H;
   const AdjointOptions<C> options;
+  const bool plain;
   const AdjointCell<S> cell;
   const AdjointRows<S> rows;
   const Panels<P> weight_hh;
@@ -341,7 +366,7 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   const Panels<P> weight_hh{panels.get(), p.H, p.H, s.B <= kFewRows};
   const int64_t chunk_rows = rows_per_chunk(s, p.H, p.H);
   const Cut cut = cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H);
-  AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, adjoint_cell<S, GivenGate>,
+  AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, kAdjointCells<S, GivenGate>,
                       {p.g, {}, p.gate, p.mask, p.d, p.d0, p.restart}, weight_hh, chunk_rows, cut,
                       false);
   run_team(parallel, cut.threads, [&](const Team& team) {
