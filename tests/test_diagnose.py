@@ -29,7 +29,10 @@ ACTIVATIONS = {
 
 def network(*args, seed=0, **options):
     torch.manual_seed(seed)
-    return RNN(*args, **options).double()
+    rnn = RNN(*args, **options).double()
+    if rnn.learn_h0:
+        nn.init.normal_(rnn.h0)
+    return rnn
 
 
 def single(factor, activation="identity", bias=0.0, dtype=torch.float64):
@@ -63,8 +66,9 @@ def step(rnn, layer, reverse, x, h):
     """z_t and h_t from the definition, for one row."""
     w_ih, w_hh, b_ih, b_hh = parameters(rnn, layer, reverse)
     z = w_ih @ x + b_ih + w_hh @ h + b_hh
-    f = ACTIVATIONS[rnn.nonlinearity](z)
-    return z, (1 - rnn.alpha) * h + rnn.alpha * f
+    alpha = torch.as_tensor(rnn.alpha, dtype=torch.float64)
+    alpha = alpha[layer * len(directions(rnn)) + reverse] if alpha.dim() == 2 else alpha
+    return z, (1 - alpha) * h + alpha * ACTIVATIONS[rnn.nonlinearity](z)
 
 
 def directions(rnn):
@@ -84,7 +88,8 @@ def row_by_row(rnn, x, hx, reset):
             h, states, zs = hx[len(last)], {}, {}
             for own, t in enumerate(range(len(x))[:: -1 if reverse else 1]):
                 cut = own > 0 and reset[t + 1] if reverse else reset[t]
-                h = torch.zeros_like(h) if cut else h
+                if cut:
+                    h = rnn.h0[len(last)] if rnn.learn_h0 else torch.zeros_like(h)
                 if rnn.truncate and own > 0 and own % rnn.truncate == 0:
                     h = h.detach()
                 zs[t], h = step(rnn, layer, reverse, inputs[t], h)
@@ -107,6 +112,12 @@ NETWORKS = {
     "deep, both ways": {"num_layers": 2, "bidirectional": True},
     "leaky relu": {"nonlinearity": "relu", "alpha": 0.3, "bidirectional": True},
     "sigmoid": {"nonlinearity": "sigmoid"},
+    "leaks and h0 learned": {
+        "num_layers": 2,
+        "bidirectional": True,
+        "alpha": nn.Parameter(torch.linspace(0.1, 1, 16).reshape(4, 4).double()),
+        "learn_h0": True,
+    },
     "truncated": {"truncate": 2, "bidirectional": True},
     "clipped": {"clip_grad_h": 0.4, "num_layers": 2},
 }
@@ -178,7 +189,8 @@ def test_norms_states_and_slopes_are_those_of_a_literal_loop(options, layout, wi
                 (slope,) = torch.autograd.grad(ACTIVATIONS[rnn.nonlinearity](z).sum(), z)
                 before = t + 1 if layer.reverse else t - 1
                 known = 0 <= before < length and not reset[max(t, before), b]
-                if rnn.alpha == 1 or (known if layer.reverse else known and not reset[t, b]):
+                elman = isinstance(rnn.alpha, float) and rnn.alpha == 1
+                if elman or (known if layer.reverse else known and not reset[t, b]):
                     steepest = 0.25 if rnn.nonlinearity == "sigmoid" else 1
                     assert_same("slope", layer.slopes[t, b], slope / steepest, 1e-9)
                 else:

@@ -47,10 +47,12 @@ def jacobians(rnn, x, hx):
             ending = f"_l{layer}{'_reverse' if reverse else ''}"
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             w_ih, w_hh, b_ih, b_hh = (getattr(rnn, name + ending).detach() for name in names)
+            alpha = torch.as_tensor(rnn.alpha, dtype=torch.float64).detach()
+            alpha = alpha[len(found)] if alpha.dim() == 2 else alpha
 
-            def step(h, x, w_ih=w_ih, w_hh=w_hh, b=b_ih + b_hh):
+            def step(h, x, alpha=alpha, w_ih=w_ih, w_hh=w_hh, b=b_ih + b_hh):
                 f = ACTIVATIONS[rnn.nonlinearity](w_ih @ x + w_hh @ h + b)
-                return (1 - rnn.alpha) * h + rnn.alpha * f
+                return (1 - alpha) * h + alpha * f
 
             h, states, own = hx[len(found)], {}, []
             for t in range(len(x))[:: -1 if reverse else 1]:
@@ -71,6 +73,9 @@ def jacobians(rnn, x, hx):
         {"nonlinearity": "sigmoid", "alpha": 0.25},
         {"nonlinearity": "identity", "bidirectional": True},
         {"num_layers": 2, "bidirectional": True, "alpha": 0.6},
+        {"alpha": torch.tensor([0.1, 0.4, 0.7, 1.0])},
+        {"num_layers": 2, "alpha": torch.tensor([[0.1, 0.4, 0.7, 1.0], [1.0, 1, 0.5, 0.5]])},
+        {"recurrent_dropout": 0.5, "noise": 0.1, "truncate": 2, "clip_grad_h": 1e-3},
     ],
     ids=str,
 )
@@ -291,6 +296,30 @@ def test_weights_are_those_of_numpy():
         sigma_max = np.linalg.norm(weight, 2)
         assert own.sigma_max == pytest.approx(sigma_max, rel=1e-12)
         assert own.bound == pytest.approx(0.7 + 0.3 / 4 * sigma_max, rel=1e-12)
+
+
+def test_the_bound_with_a_leak_of_its_own_for_each_unit():
+    alpha = torch.tensor([[0.1, 0.4, 0.7, 1.0], [1.0, 1, 0.5, 0.5]]).double()
+    rnn = RNN(3, 4, 2, alpha=alpha).double()
+    for own, a in zip(diagnose.weights(rnn), alpha, strict=True):
+        weight = getattr(rnn, f"weight_hh_l{own.layer}").detach()
+        expected = (1 - a).max().item() + np.linalg.norm(np.diag(a) @ weight.numpy(), 2)
+        assert own.bound == pytest.approx(expected, rel=1e-12)
+        for seed in range(20):  # no slopes in [0, 1] give a longer Jacobian
+            slopes = randn(4, seed=seed).abs().clamp(max=1)
+            jacobian = torch.diag(1 - a) + (a * slopes)[:, None] * weight
+            assert np.linalg.norm(jacobian.numpy(), 2) <= own.bound
+
+
+def test_hx_is_the_learned_one_when_none_is_given():
+    torch.manual_seed(0)
+    rnn = RNN(3, 4, 2, learn_h0=True).double()
+    nn.init.normal_(rnn.h0)
+    x = randn(6, 2, 3)
+    got = diagnose.jacobian_spectrum(rnn, x)
+    expected = diagnose.jacobian_spectrum(rnn, x, rnn.h0[:, None].expand(2, 2, 4))
+    for mine, other in zip(got, expected, strict=True):
+        assert torch.equal(mine.singular_values, other.singular_values)
 
 
 def test_weights_that_are_not_finite():

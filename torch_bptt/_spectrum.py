@@ -198,7 +198,7 @@ def jacobian_spectrum(
         rnn: a torch_bptt.RNN, of any floating dtype.
         input: (T, B, I), (B, T, I) with batch_first, or (T, I), of the dtype of rnn or any other
             floating one.
-        hx: as for rnn.
+        hx: as for rnn; None means zeros, or what rnn has learned.
         window: k, from 1 to T; None means T. Steps after the last whole window are left out.
         exponents: how many Lyapunov exponents, n, from 1 to H.
         skip: steps, less than T, that turn the axes but do not count for the exponents.
@@ -284,8 +284,7 @@ def _time_major(rnn, input, hx):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     size = len(_layers(rnn)), rows, rnn.hidden_size
     if hx is None:
-        learned = getattr(rnn, "h0", None)
-        hx = input.new_zeros(size) if learned is None else learned.double()[:, None].expand(size)
+        hx = rnn.h0.double()[:, None].expand(size) if rnn.learn_h0 else input.new_zeros(size)
     else:
         checks.check_stacked_hidden(input, hx, size)
         hx = hx.double().reshape(size)
