@@ -93,9 +93,9 @@ class GradientFlow:
 def gradient_flow(model: nn.Module) -> Iterator[GradientFlow]:
     """Watch the gradient of every state of every RNN in ``model``, for one forward and backward.
 
-    Backward computes d_t = dL/dh_t for every step in any case, so that its norms cost next to
-    nothing. The gradients of everything else are what they are without. States are kept until the
-    result is dropped.
+    Backward computes d_t = dL/dh_t for every step in any case; its norms are one pass over it more.
+    The gradients of everything else are what they are without. States are kept until the result is
+    dropped.
 
     Arguments:
         model: a torch.nn.Module that is or contains torch_bptt.RNN, of whatever input layout:
@@ -124,6 +124,11 @@ def gradient_flow(model: nn.Module) -> Iterator[GradientFlow]:
         neural networks.
     """
     modules = watched(model, "gradient_flow")
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules()):
+        raise ValueError(
+            "gradient_flow: model must be the one that was given to torch.compile, "
+            "got what torch.compile made of it"
+        )
     for name, module in modules.items():
         if type(module).forward is not RNN.forward:
             raise TypeError(
