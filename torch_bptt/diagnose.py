@@ -207,7 +207,7 @@ def _of_the_gradient(
         step, row = first_bad_gradient
         return True, f"gradient is NaN or infinite, going back first at step {step} in row {row}"
     if reach is None:
-        return True, "no gradient arrives: the loss does not depend on these states"
+        return True, "no gradient arrives: every dL/dh_t is zero"
     if last_step_back == 0:
         return False, f"gradient has norm {largest:.2g} at the only step"
     if growth is None:
