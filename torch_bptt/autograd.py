@@ -450,9 +450,14 @@ def backward_with_graph(
 
 
 def _norms(d: Tensor) -> Tensor:
-    """|d_t| of every row, a number to look at and not to differentiate."""
-    wide = d.detach() if d.dtype == torch.float64 else d.detach().float()
-    return torch.linalg.vector_norm(wide, dim=-1)
+    """|d_t| of every row, a number to look at and not to differentiate.
+
+    The largest entry is taken out first, so that squares neither overflow nor vanish.
+    """
+    d = d.detach() if d.dtype == torch.float64 else d.detach().float()
+    largest = d.abs().amax(-1, keepdim=True)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return largest.squeeze(-1) * torch.linalg.vector_norm(d / largest, dim=-1)
 
 
 class RNNBackward(Function):
