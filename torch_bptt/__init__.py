@@ -2,7 +2,8 @@
 
 from torch_bptt import functional, reference
 from torch_bptt.convert import convert
+from torch_bptt.elman import ElmanNetwork
 from torch_bptt.rnn import RNN, RNNCell
 
 __version__ = "0.1.0"
-__all__ = ["RNN", "RNNCell", "__version__", "convert", "functional", "reference"]
+__all__ = ["RNN", "ElmanNetwork", "RNNCell", "__version__", "convert", "functional", "reference"]
