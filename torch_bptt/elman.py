@@ -173,7 +173,9 @@ class ElmanNetwork(nn.Module):
         if counted is not None:
             states, y = states.index_select(0, counted), y.index_select(0, counted)
         total = total_loss(states, weight, bias, y, loss, self.output_activation, chunk)
-        return total if reduction == "sum" else total / len(states), h_n
+        if reduction == "sum":
+            return total, h_n
+        return total / ((y != IGNORED).sum() if y.dtype == torch.int64 else len(y)), h_n
 
     def _layout(self, input):
         rnn = self.rnn
@@ -272,7 +274,7 @@ class Layout:
         return states.reshape(-1, states.shape[-1])
 
     def counted(self, target, mask, lengths, *, last: bool) -> Tensor | None:
-        """Which of the flat predictions count; None for all.
+        """Which of the flat predictions to evaluate; None for all.
 
         Arguments:
             target: flat.
@@ -288,16 +290,16 @@ class Layout:
         if lengths is not None and self.packed is None and not self.many_to_one:
             lengths = checks.check_lengths(lengths, self.steps, self.rows)
             conditions.append((torch.arange(self.steps)[:, None] < lengths).flatten())
-        if target.dtype == torch.int64:
+        if last and target.dtype == torch.int64:  # else its loss, zero, may be computed
             conditions.append(target != IGNORED)
         if not conditions and not last:
             return None
         counts = torch.ones(len(target), dtype=torch.bool, device=target.device)
         for condition in conditions:
             counts &= condition.to(counts.device)
-        if not last:
-            return None if bool(counts.all()) else counts.nonzero().squeeze(1)
         place = counts.nonzero().squeeze(1)
+        if not last:
+            return place
         row = self._row.to(place.device).index_select(0, place)
         latest = place.new_full((self.rows,), -1).scatter_reduce(0, row, place, "amax")
         return latest[latest >= 0]
