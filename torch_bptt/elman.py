@@ -167,6 +167,11 @@ class ElmanNetwork(nn.Module):
         layout = self._layout(input)
         y = layout.data("target", target)
         y = layout.flat("target", target, check_target(loss, y.dtype, y.requires_grad, weight))
+        if y.device != weight.device:
+            raise RuntimeError(
+                "loss: target must be on the device of the network, "
+                f"expected {weight.device}, got {y.device}"
+            )
         counted = layout.counted(y, mask, lengths, last=reduction == "last")
         states, h_n = self._states(input, hx, lengths, reset)
         states = layout.flat_states(states)
