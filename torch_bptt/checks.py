@@ -203,6 +203,28 @@ def check_options(operation, alpha, truncate, clip_grad_h):
         )
 
 
+def check_checkpoint(operation, checkpoint, num_layers=1, directions=1):
+    """checkpoint as such, and on as many layers and directions."""
+    if checkpoint is None:
+        return
+    if checkpoint is not True:
+        expected = "None, True or an int of at least 1"
+        _check_number(
+            operation, "checkpoint", checkpoint, numbers.Integral, expected, lambda c: c >= 1
+        )
+    if num_layers > 1 and directions > 1:
+        raise ValueError(
+            f"{operation}: checkpoint must be None for several bidirectional layers, as each needs "
+            "all of the output of the one below, expected num_layers=1 or bidirectional=False, "
+            f"got num_layers={num_layers} and bidirectional=True"
+        )
+
+
+def check_need_output(need_output):
+    if not isinstance(need_output, bool):
+        raise TypeError(f"need_output must be a bool, got {need_output!r}")
+
+
 def _check_number(operation, name, value, kind, expected, fits):
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{operation}: {name} must be {expected}, got {value!r}")

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks, reference
 from torch_bptt.autograd import Options, rnn_layer
+from torch_bptt.checkpoint import run_in_stretches
 
 
 def rnn(
@@ -35,7 +36,9 @@ def rnn(
     alpha: float = 1.0,
     truncate: int | None = None,
     clip_grad_h: float | None = None,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    checkpoint: bool | int | None = None,
+    need_output: bool = True,
+) -> tuple[Tensor | PackedSequence | None, Tensor]:
     """Run one Elman layer over a whole sequence, in one direction.
 
         h_t = (1 - alpha) h_{t-1} + alpha f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)
@@ -69,8 +72,14 @@ def rnn(
             ... to the one before, as if the state were detached there. None never cuts.
         clip_grad_h: c > 0 clamps the gradient of every state to [-c, c] during backpropagation.
             None does not. A second derivative through it raises.
+        checkpoint: c >= 1, the steps between two states that are kept for backpropagation, which
+            computes the others again; True means ceil(sqrt(T)). Results are the same to rounding;
+            docs/memory.md has what it takes and gives. None keeps every state.
+        need_output: False returns None for the output. Memory then does not grow with T where no
+            gradient is recorded, and as T / c + c with checkpoint.
     Returns:
-        output: every state, shaped as input with H in place of I; a PackedSequence if input is one.
+        output: every state, shaped as input with H in place of I; a PackedSequence if input is one;
+            None without need_output.
         h_n: the state after each row's last step (its first step when reverse), (B, H) or (H,).
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it, what
@@ -88,6 +97,7 @@ def rnn(
     """
     checks.check_nonlinearity(nonlinearity)
     checks.check_options("rnn", alpha, truncate, clip_grad_h)
+    checks.check_checkpoint("rnn", checkpoint)
     rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
     if hx is not None:
         one = not isinstance(input, PackedSequence) and input.dim() == 2
@@ -95,11 +105,13 @@ def rnn(
         hx = hx.unsqueeze(0)
     layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
     options = [Options(nonlinearity, alpha, reverse, truncate or 0, clip_grad_h)]
-    output, h_n = run(input, hx, layers, options, batch_first, 0.0, lengths, reset)
+    output, h_n = run(
+        input, hx, layers, options, batch_first, 0.0, lengths, reset, checkpoint, need_output
+    )
     return output, h_n.squeeze(0)
 
 
-def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
+def run(input, hx, layers, options, batch_first, dropout, lengths, reset, checkpoint, need_output):
     """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
 
     Arguments:
@@ -110,10 +122,18 @@ def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
         options: those of each direction, the same for all layers; checked.
         dropout: probability of a zero in the output of every layer but the last; 0 when not
             training.
+        checkpoint, need_output: as in ``rnn``; checkpoint is checked.
     Returns:
-        output, with D * H features, and h_n, shaped as hx.
+        output, with D * H features, or None, and h_n, shaped as hx.
     """
-    stack = functools.partial(_stack, layers, options, dropout)
+    checks.check_need_output(need_output)
+
+    def stack(x, hx, batch_sizes, reset):
+        call = layers, options, dropout, x, hx, batch_sizes, _keep(reset, options)
+        if checkpoint is None and need_output:
+            return _stack(*call)
+        return run_in_stretches(_stack, *call, checkpoint, need_output)
+
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
         return _run_packed(stack, input, hx, reset)
@@ -123,7 +143,7 @@ def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
         return _run_batch(stack, input, hx, lengths, reset, batch_first)
     hx, reset = (None if tensor is None else tensor.unsqueeze(1) for tensor in (hx, reset))
     output, h_n = _run_batch(stack, input.unsqueeze(1), hx, lengths, reset, False)
-    return output.squeeze(1), h_n.squeeze(1)
+    return output if output is None else output.squeeze(1), h_n.squeeze(1)
 
 
 def _run_batch(stack, input, hx, lengths, reset, batch_first):
@@ -137,7 +157,7 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
         return _run_padded(stack, input, hx, lengths, reset, batch_first)
     x = input.transpose(0, 1) if batch_first else input
     output, h_n = stack(x, hx, None, reset)
-    return output.transpose(0, 1) if batch_first else output, h_n
+    return output.transpose(0, 1) if batch_first and output is not None else output, h_n
 
 
 def _run_packed(stack, input, hx, reset):
@@ -150,7 +170,9 @@ def _run_packed(stack, input, hx, reset):
     hx = hx if hx is None or order is None else hx.index_select(1, order)
     output, h_n = stack(data, hx, batch_sizes, reset)
     h_n = h_n if inverse is None else h_n.index_select(1, inverse)
-    return PackedSequence(output, batch_sizes, order, inverse), h_n
+    if output is not None:
+        output = PackedSequence(output, batch_sizes, order, inverse)
+    return output, h_n
 
 
 def _run_padded(stack, input, hx, lengths, reset, batch_first):
@@ -174,19 +196,20 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
         output, h_n = stack(data, state, batch_sizes, reset)
     else:  # A step of no rows has the right shapes and dtypes, and gives every gradient, zero.
         output, h_n = stack(data.unsqueeze(0), state, None, None)
-        output = output.squeeze(0)
+        output = output if output is None else output.squeeze(0)
 
-    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
     hx = h_n.new_zeros(h_n.shape[0], rows, h_n.shape[2]) if hx is None else hx.to(h_n.dtype)
-    output = zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros)
-    return output, hx.index_copy(1, order, h_n)
+    h_n = hx.index_copy(1, order, h_n)
+    if output is None:
+        return None, h_n
+    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
+    return zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros), h_n
 
 
-def _stack(layers, options, dropout, x, hx, batch_sizes, reset):
-    """All layers over time-major rows; reset, (T, B), is False where a row does not exist."""
+def _stack(layers, options, dropout, x, hx, batch_sizes, keep):
+    """All layers over time-major rows; keep has one tensor, or None, per direction."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
-    keep = _keep(reset, options)
     for first in range(0, len(layers), len(options)):
         outputs = []
         for direction, own in enumerate(options):

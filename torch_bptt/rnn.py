@@ -39,8 +39,9 @@ class RNN(nn.RNNBase):
         bidirectional: D = 2: every layer also runs from the last step to the first, and outputs are
             concatenated.
         device, dtype: of the parameters.
-        alpha, truncate, clip_grad_h: the leak, truncated backpropagation and clipping of the
-            gradient of every state; see ``torch_bptt.functional.rnn``. They apply to every layer.
+        alpha, truncate, clip_grad_h, checkpoint: the leak, truncated backpropagation, clipping of
+            the gradient of every state, and the steps between states kept for backpropagation; see
+            ``torch_bptt.functional.rnn``. They apply to every layer.
     Attributes:
         weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k}: (H, I or D*H), (H, H), (H,) and
             (H,) of layer k; with the ending _reverse, those of the other direction.
@@ -75,6 +76,7 @@ class RNN(nn.RNNBase):
         alpha: float = 1.0,
         truncate: int | None = None,
         clip_grad_h: float | None = None,
+        checkpoint: bool | int | None = None,
         **unknown: object,
     ) -> None:
         if "proj_size" in unknown:
@@ -85,6 +87,7 @@ class RNN(nn.RNNBase):
             )
         checks.check_nonlinearity(nonlinearity)
         checks.check_options("RNN", alpha, truncate, clip_grad_h)
+        checks.check_checkpoint("RNN", checkpoint, num_layers, 2 if bidirectional else 1)
         # RNNBase wants one of its own modes; all that it takes from it is the number of gates, one.
         super().__init__(
             "RNN_TANH",
@@ -103,6 +106,7 @@ class RNN(nn.RNNBase):
         self.alpha = alpha
         self.truncate = truncate
         self.clip_grad_h = clip_grad_h
+        self.checkpoint = checkpoint
 
     def forward(
         self,
@@ -111,7 +115,8 @@ class RNN(nn.RNNBase):
         *,
         lengths: Sequence[int] | Tensor | int | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        need_output: bool = True,
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
         """Run all layers over a whole sequence.
 
         Arguments:
@@ -124,8 +129,11 @@ class RNN(nn.RNNBase):
             reset: (T, B) bool, (B, T) with batch_first: where rows start anew. Both directions
                 treat a segment between resets as a sequence of its own. For both see
                 ``torch_bptt.functional.rnn``.
+            need_output: False returns None for the output, which then is not held either where no
+                gradient is recorded or with checkpoint.
         Returns:
-            output: the states of the last layer, (T, B, D*H) or as input has it.
+            output: the states of the last layer, (T, B, D*H) or as input has it; None without
+                need_output.
             h_n: the final state of each layer and direction, shaped and ordered as hx.
         Raises:
             ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
@@ -141,7 +149,10 @@ class RNN(nn.RNNBase):
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
         dropout = self.dropout if self.training else 0.0
-        return run(input, hx, layers, options, self.batch_first, dropout, lengths, reset)
+        return run(
+            input, hx, layers, options, self.batch_first, dropout, lengths, reset,
+            self.checkpoint, need_output,
+        )  # fmt: skip
 
     def _layers(self):
         missing = () if self.bias else (None, None)
@@ -160,12 +171,18 @@ class RNN(nn.RNNBase):
         """Do nothing, for those who call it on torch.nn.RNN: the kernels need no flat copy."""
 
     def extra_repr(self):
-        options = {"nonlinearity": "tanh", "alpha": 1.0, "truncate": None, "clip_grad_h": None}
+        options = {
+            "nonlinearity": "tanh",
+            "alpha": 1.0,
+            "truncate": None,
+            "clip_grad_h": None,
+            "checkpoint": None,
+        }
         changed = [name for name, default in options.items() if getattr(self, name) != default]
         return super().extra_repr() + "".join(f", {name}={getattr(self, name)}" for name in changed)
 
     def __setstate__(self, state):
-        defaults = {"alpha": 1.0, "truncate": None, "clip_grad_h": None}
+        defaults = {"alpha": 1.0, "truncate": None, "clip_grad_h": None, "checkpoint": None}
         super().__setstate__({**defaults, **state})
 
     @classmethod
@@ -193,6 +210,7 @@ class RNN(nn.RNNBase):
             "alpha": (1.0,),
             "truncate": (None,),
             "clip_grad_h": (None,),
+            "checkpoint": (None,),
         }
         _check_expressible(self, "torch.nn.RNN", expressible)
         return _as(nn.RNN, self, RNN)
