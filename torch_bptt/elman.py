@@ -4,7 +4,6 @@ The layers are ``torch_bptt.RNN``; ``head`` evaluates head and loss. What is lef
 predictions and targets into one order and to choose those that count.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
-from torch_bptt.head import activations, check_loss, check_target, total_loss
+from torch_bptt.autograd import _transformed as transformed
+from torch_bptt.head import IGNORED, Criterion, activations, total_loss
+from torch_bptt.layout import Layout, pick
 from torch_bptt.rnn import RNN
-
-IGNORED = -100  # a class that is none: torch.nn.functional.cross_entropy's ignore_index
+from torch_bptt.stretches import total_in_stretches
 
 
 class ElmanNetwork(nn.Module):
@@ -159,27 +159,25 @@ class ElmanNetwork(nn.Module):
                 not exist. Also what ``torch_bptt.RNN.forward`` raises.
         """
         weight, bias = self.head.weight, self.head.bias
-        check_loss(loss, self.output_activation)
+        criterion = Criterion(loss, self.output_activation, chunk)
+        criterion.check()
         reductions = ("mean", "sum") if self.many_to_one else ("mean", "sum", "last")
         checks.check_choice("loss", "reduction", reduction, reductions)
-        if chunk is not None:
-            checks.check_count("loss", "chunk", chunk)
         layout = self._layout(input)
         y = layout.data("target", target)
-        y = layout.flat("target", target, check_target(loss, y.dtype, y.requires_grad, weight))
-        if y.device != weight.device:
-            raise RuntimeError(
-                "loss: target must be on the device of the network, "
-                f"expected {weight.device}, got {y.device}"
-            )
+        y = layout.flat("target", target, criterion.check_target(y, weight))
         counted = layout.counted(y, mask, lengths, last=reduction == "last")
-        states, h_n = self._states(input, hx, lengths, reset)
-        states = layout.flat_states(states)
-        if counted is not None:
-            states, y = states.index_select(0, counted), y.index_select(0, counted)
-        total = total_loss(states, weight, bias, y, loss, self.output_activation, chunk)
+        if self._in_stretches(input, lengths):
+            total, h_n = total_in_stretches(
+                self.rnn, weight, bias, layout, input, hx, lengths, reset, y, counted, criterion
+            )
+        else:
+            states, h_n = self._states(input, hx, lengths, reset)
+            states = layout.flat_states(states)
+            total = total_loss(pick(states, counted), pick(y, counted), weight, bias, criterion)
         if reduction == "sum":
             return total, h_n
+        y = pick(y, counted)
         return total / ((y != IGNORED).sum() if y.dtype == torch.int64 else len(y)), h_n
 
     def _layout(self, input):
@@ -192,10 +190,23 @@ class ElmanNetwork(nn.Module):
 
     def _states(self, input, hx, lengths, reset):
         """What the head reads, and h_n."""
-        output, h_n = self.rnn(input, hx, lengths=lengths, reset=reset)
-        if not self.many_to_one:
+        need_output = not self.many_to_one
+        output, h_n = self.rnn(input, hx, lengths=lengths, reset=reset, need_output=need_output)
+        if need_output:
             return output, h_n
         return torch.cat(h_n[-self._directions :].unbind(0), -1), h_n
+
+    def _in_stretches(self, input, lengths):
+        """Whether head and loss can join what ``checkpoint`` does to the layers."""
+        rnn = self.rnn
+        if rnn.checkpoint is None or self.many_to_one or transformed():
+            return False
+        # The reverse direction starts at a row's last step, so both need the states of all steps.
+        # With truncate a stretch may start with a cut, which would also cut off the h_n of rows
+        # that ended before; of a packed input they are not in it. Nothing has no stretches.
+        cut_off = rnn.truncate is not None and lengths is not None
+        nothing = (input.data if isinstance(input, PackedSequence) else input).numel() == 0
+        return not (rnn.bidirectional or cut_off or nothing)
 
     @property
     def _directions(self):
@@ -203,128 +214,3 @@ class ElmanNetwork(nn.Module):
 
     def extra_repr(self):
         return f"output_activation={self.output_activation}, many_to_one={self.many_to_one}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the predictions of one call are, and everything that is shaped like them.
-
-    Flat means: one after the other along the first dimension, in the order of the states, which is
-    that of time, and within a step that of the rows (as packed, if input is packed).
-
-    steps, rows: T and B.
-    many_to_one: there is one prediction for each row.
-    batch_first: (B, T, ...) instead of (T, B, ...).
-    one: a sequence without a batch.
-    packed: the input, if it is packed.
-    """
-
-    steps: int
-    rows: int
-    many_to_one: bool
-    batch_first: bool = False
-    one: bool = False
-    packed: PackedSequence | None = None
-
-    @property
-    def shape(self) -> tuple:
-        """Of the predictions, without their features."""
-        shape = () if self.many_to_one else (self.steps,)
-        if self.one:
-            return shape
-        return (self.rows, *shape) if self.batch_first else (*shape, self.rows)
-
-    def data(self, name: str, value: Tensor | PackedSequence) -> Tensor:
-        """The tensor in value, which must be packed as input is, if it is packed."""
-        if isinstance(value, Tensor):
-            return value
-        if not isinstance(value, PackedSequence):
-            expected = "a tensor" if self.packed is None else "a tensor or a PackedSequence"
-            raise TypeError(f"loss: {name} must be {expected}, got {type(value).__name__}")
-        if self.packed is None or self.many_to_one:
-            case = "many_to_one" if self.many_to_one else "an input that is not packed"
-            raise TypeError(f"loss: {name} must be a tensor for {case}, got a PackedSequence")
-        alike = torch.equal(value.batch_sizes, self.packed.batch_sizes)
-        if not alike or not torch.equal(_order(value), _order(self.packed)):
-            raise ValueError(
-                f"loss: {name} must be packed as input is, expected the same batch_sizes and "
-                f"sorted_indices, got batch_sizes {value.batch_sizes.tolist()} instead of "
-                f"{self.packed.batch_sizes.tolist()}, or rows in another order"
-            )
-        return value.data
-
-    def flat(self, name: str, value: Tensor | PackedSequence, features: tuple = ()) -> Tensor:
-        """value, which must have exactly the shape of the predictions, flat: (N, *features)."""
-        data = self.data(name, value)
-        packed = isinstance(value, PackedSequence)
-        expected = (*((len(self.packed.data),) if packed else self.shape), *features)
-        if data.shape != expected:
-            raise ValueError(
-                f"loss: {name} must be shaped as the prediction, "
-                f"expected {expected}, got {tuple(data.shape)}"
-            )
-        if not packed and not self.many_to_one:
-            if self.packed is not None:
-                data = data.index_select(1, _order(self.packed))[self._existing]
-            elif self.batch_first and not self.one:
-                data = data.transpose(0, 1)
-        return data.reshape(-1, *features)
-
-    def flat_states(self, states: Tensor | PackedSequence) -> Tensor:
-        """What the head reads, flat."""
-        if isinstance(states, PackedSequence):
-            return states.data
-        if self.batch_first and not self.one and not self.many_to_one:
-            states = states.transpose(0, 1)
-        return states.reshape(-1, states.shape[-1])
-
-    def counted(self, target, mask, lengths, *, last: bool) -> Tensor | None:
-        """Which of the flat predictions to evaluate; None for all.
-
-        Arguments:
-            target: flat.
-            mask, lengths: as in ``ElmanNetwork.loss``.
-            last: of each row only the last that counts.
-        """
-        conditions = []
-        if mask is not None:
-            flags = self.data("mask", mask)
-            if flags.dtype != torch.bool:
-                raise TypeError(f"loss: mask must be torch.bool, got {flags.dtype}")
-            conditions.append(self.flat("mask", mask))
-        if lengths is not None and self.packed is None and not self.many_to_one:
-            lengths = checks.check_lengths(lengths, self.steps, self.rows)
-            conditions.append((torch.arange(self.steps)[:, None] < lengths).flatten())
-        if last and target.dtype == torch.int64:  # else its loss, zero, may be computed
-            conditions.append(target != IGNORED)
-        if not conditions and not last:
-            return None
-        counts = torch.ones(len(target), dtype=torch.bool, device=target.device)
-        for condition in conditions:
-            counts &= condition.to(counts.device)
-        place = counts.nonzero().squeeze(1)
-        if not last:
-            return place
-        row = self._row.to(place.device).index_select(0, place)
-        latest = place.new_full((self.rows,), -1).scatter_reduce(0, row, place, "amax")
-        return latest[latest >= 0]
-
-    @property
-    def _existing(self):
-        """(T, B), rows as packed."""
-        sizes = self.packed.batch_sizes
-        return (torch.arange(self.rows) < sizes[:, None]).to(self.packed.data.device)
-
-    @property
-    def _row(self):
-        """Of each flat prediction, counted as packed."""
-        if self.packed is None:
-            return torch.arange(self.rows).repeat(self.steps)
-        return self._existing.nonzero()[:, 1]
-
-
-def _order(packed):
-    """Which row of the caller's is where."""
-    if packed.sorted_indices is not None:
-        return packed.sorted_indices
-    return torch.arange(int(packed.batch_sizes[0]), device=packed.data.device)

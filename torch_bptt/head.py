@@ -7,6 +7,8 @@ so ``total_loss`` never holds all of it: a chunk of rows goes from h to L and ba
 and dL/dc before the next one starts.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch.autograd import Function
 
 from torch_bptt import checks
 from torch_bptt.autograd import _transformed as transformed
+
+IGNORED = -100  # a class that is none: torch.nn.functional.cross_entropy's ignore_index
 
 activations = {
     "identity": lambda o: o,
@@ -42,55 +46,69 @@ _expected_activation = {
 CHUNK_ELEMENTS, CHUNK_ROWS = 2**20, 64
 
 
-def check_loss(loss: str, activation: str) -> None:
-    """Raise ValueError unless there is such a loss and it goes with the output activation."""
-    checks.check_choice("loss", "loss", loss, tuple(losses))
-    fitting = _expected_activation.get(loss, tuple(activations))
-    checks.check_choice(f"loss {loss!r}", "output_activation", activation, fitting)
+class Criterion(NamedTuple):
+    """What a prediction costs, and how many of them are evaluated at a time.
 
-
-def check_target(loss: str, dtype: torch.dtype, requires_grad: bool, weight: Tensor) -> tuple:
-    """Raise TypeError or ValueError for a target that no shape makes right.
-
-    Returns the shape of one row: () for classes, else (K,).
+    loss, activation: a key of ``losses`` and one of ``activations``.
+    chunk: predictions; None chooses.
     """
-    if weight.is_complex():
-        raise TypeError(f"loss: the network must be real, got {weight.dtype}")
-    if requires_grad:
-        raise ValueError("loss: target must not require a gradient, got one that does: detach it")
-    if loss == "cross_entropy" and dtype == torch.int64:
-        return ()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if dtype not in (weight.dtype, wide):
-        expected = {"cross_entropy": ["torch.int64 classes"]}.get(loss, [])
-        expected += [str(fitting) for fitting in dict.fromkeys((weight.dtype, wide))]
-        raise TypeError(f"loss {loss!r}: target must be {' or '.join(expected)}, got {dtype}")
-    return (len(weight),)
+
+    loss: str
+    activation: str
+    chunk: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless loss and activation go together."""
+        checks.check_choice("loss", "loss", self.loss, tuple(losses))
+        fitting = _expected_activation.get(self.loss, tuple(activations))
+        checks.check_choice(f"loss {self.loss!r}", "output_activation", self.activation, fitting)
+        if self.chunk is not None:
+            checks.check_count("loss", "chunk", self.chunk)
+
+    def of_rows(self, o: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row, (N,), in float32 where o is narrower: a sum needs the digits."""
+        return losses[self.loss](_wide(o), target, activations[self.activation])
+
+    def rows_at_a_time(self, classes: int) -> int:
+        return self.chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS // classes)
+
+    def check_target(self, target: Tensor, weight: Tensor) -> tuple:
+        """Raise TypeError or ValueError for a target that no shape makes right.
+
+        Returns the shape of one row: () for classes, else (K,).
+        """
+        if weight.is_complex():
+            raise TypeError(f"loss: the network must be real, got {weight.dtype}")
+        if target.requires_grad:
+            raise ValueError("loss: target must not require a gradient, got one that does")
+        if target.device != weight.device:
+            raise RuntimeError(
+                "loss: target must be on the device of the network, "
+                f"expected {weight.device}, got {target.device}"
+            )
+        if self.loss == "cross_entropy" and target.dtype == torch.int64:
+            return ()
+        dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+        if target.dtype not in dtypes:
+            classes = ["torch.int64 for classes"] if self.loss == "cross_entropy" else []
+            expected = " or ".join([*classes, *map(str, dtypes)])
+            raise TypeError(f"loss {self.loss!r}: target must be {expected}, got {target.dtype}")
+        return (len(weight),)
 
 
 def total_loss(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    loss: str,
-    activation: str,
-    chunk: int | None,
+    states: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, criterion: Criterion
 ) -> Tensor:
     """The sum of the losses of all rows.
 
     Arguments:
         states: h, (N, H).
-        weight, bias: V, (K, H), and c, (K,) or None.
         target: y, (N, K), or (N,) int64 for the classes of 'cross_entropy'.
-        loss, activation: a key of ``losses`` and one of ``activations``.
-        chunk: rows evaluated at a time; None chooses.
+        weight, bias: V, (K, H), and c, (K,) or None.
     Returns:
         A scalar, in float32 where states are narrower.
     """
-    criterion = losses[loss], activations[activation]
-    chunk = chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS // len(weight))
-    if len(states) <= chunk or transformed():
+    if len(states) <= criterion.rows_at_a_time(len(weight)) or transformed():
         return _total(states, weight, bias, target, criterion)
     dtype = F.linear(states[:0], weight, bias).dtype  # not that of states under autocast
     tensors = [None if tensor is None else tensor.to(dtype) for tensor in (states, weight, bias)]
@@ -98,16 +116,14 @@ def total_loss(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in tensors
     ]
-    return TotalLoss.apply(*tensors, target, criterion, chunk, wanted)
+    return TotalLoss.apply(*tensors, target, criterion, wanted)
 
 
 def _total(states, weight, bias, target, criterion):
-    loss, activation = criterion
-    return loss(_wide(F.linear(states, weight, bias)), target, activation).sum()
+    return criterion.of_rows(F.linear(states, weight, bias), target).sum()
 
 
 def _wide(tensor):
-    """bfloat16 and float16 as float32: a sum over many rows needs the digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -120,22 +136,22 @@ class TotalLoss(Function):
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, target, criterion, chunk, wanted):
+    def forward(ctx, states, weight, bias, target, criterion, wanted):
         of_states, of_weight, of_bias = wanted
         grad_states = torch.empty_like(states) if of_states else None
         grad_weight = torch.zeros_like(_wide(weight)) if of_weight else None
         grad_bias = torch.zeros_like(_wide(bias)) if of_bias else None
-        loss, activation = criterion
         total = _wide(states.new_zeros(()))
+        chunk = criterion.rows_at_a_time(len(weight))
         for first in range(0, len(states), chunk):
             rows = slice(first, first + chunk)
             h = states[rows]
             o = F.linear(h, weight, bias)
             if not any(wanted):
-                total += loss(_wide(o), target[rows], activation).sum()
+                total += criterion.of_rows(o, target[rows]).sum()
                 continue
             with torch.enable_grad():
-                part = loss(_wide(o.requires_grad_()), target[rows], activation).sum()
+                part = criterion.of_rows(o.requires_grad_(), target[rows]).sum()
             (eps,) = torch.autograd.grad(part, o)
             total += part.detach()
             if of_states:
@@ -159,9 +175,9 @@ class TotalLoss(Function):
             of = [leaf for leaf, wanted in zip(leaves, ctx.wanted, strict=True) if wanted]
             found = iter(torch.autograd.grad(total, of, grad_total, create_graph=True))
             gradients = [next(found) if wanted else None for wanted in ctx.wanted]
-            return *gradients, None, None, None, None
+            return *gradients, None, None, None
         scaled = (
             None if gradient is None else (gradient * grad_total).to(states.dtype)
             for gradient in gradients
         )
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
