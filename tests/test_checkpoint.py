@@ -421,7 +421,7 @@ def test_truncate_in_reverse_over_rows_of_different_lengths_is_refused():
     assert_same_run(run(net, x, lengths=[4] * B), run(plain, x, lengths=[4] * B))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_transforms_are_refused():
     _, net = networks()
     x = randn(T, B, I)
@@ -435,9 +435,33 @@ def test_transforms_are_refused():
         lambda: torch.func.jvp(loss, (x,), (x,)),
         lambda: torch.jit.trace(net, x),
         lambda: torch.export.export(net, (x,)),
+        lambda: torch.compile(net, backend="eager")(x),
     ):
         with pytest.raises(NotImplementedError, match="checkpoint must be None under transforms"):
             call()
+
+
+def test_a_compiled_model_leaves_it_out():
+    plain, net = networks()
+    model = torch.nn.Sequential(torch.compiler.disable(net))
+    compiled = torch.compile(model, backend="eager")
+    for got, expected in zip(compiled(randn(T, B, I)), plain(randn(T, B, I)), strict=True):
+        assert_same("result", got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
+def test_transforms_without_need_output():
+    net, _ = networks()
+    x = randn(T, B, I)
+    _, expected = net(x)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    for call in (
+        lambda x: compiled(x, need_output=False)[1],
+        lambda x: torch.func.jvp(lambda x: net(x, need_output=False)[1], (x,), (x,))[0],
+        lambda x: torch.func.vmap(lambda x: net(x, need_output=False)[1], 1, 1)(x),
+    ):
+        with torch.no_grad():
+            assert_same("h_n", call(x), expected)
 
 
 def test_torch_nn_rnn_has_no_checkpoint():

@@ -426,6 +426,17 @@ def test_first_and_second_derivatives(loss, activation, checkpoint):
     torch.autograd.gradgradcheck(total, leaves, fast_mode=True)
 
 
+def test_second_derivatives_with_a_head_tied_to_the_input():
+    network = make(3, 3, 3)
+    x, y = randn(4, 2, 3), torch.randint(3, (4, 2))
+
+    def total(tied):
+        given = {"rnn.weight_ih_l0": tied, "head.weight": tied}
+        return of_loss(network, given, x, y, loss="cross_entropy", chunk=3)
+
+    torch.autograd.gradgradcheck(total, randn(3, 3).requires_grad_())
+
+
 class OfLoss(nn.Module):
     """A module whose forward is a network's loss."""
 
@@ -473,9 +484,14 @@ def test_many_gradients_at_once():
     assert_same("grad", many, torch.stack([one, -2 * one]))
 
 
-def test_checkpoint_draws_the_same_dropout_again():
+@pytest.mark.parametrize(
+    "options",
+    [{"num_layers": 2, "dropout": 0.5}, {"noise": 0.3}, {"recurrent_dropout": 0.5}],
+    ids=str,
+)
+def test_checkpoint_draws_the_same_numbers_again(options):
     """gradcheck runs the loss many times, each time with the same seed."""
-    network = make(2, 4, 2, num_layers=2, dropout=0.5, checkpoint=2)
+    network = make(2, 4, 2, checkpoint=2, **options)
     y = randn(5, 2, 2, seed=1)
 
     def total(x):
@@ -491,7 +507,9 @@ def test_checkpoint_draws_the_same_dropout_again():
 
 
 @pytest.mark.parametrize(
-    "options", [{"truncate": 2}, {"clip_grad_h": 0.05}, {"alpha": 0.3}], ids=str
+    "options",
+    [{"truncate": 2}, {"clip_grad_h": 0.05}, {"alpha": 0.3}, {"learn_h0": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["batch", "lengths", "packed"])
 def test_checkpoint_with_other_options(options, layout):
@@ -500,6 +518,8 @@ def test_checkpoint_with_other_options(options, layout):
     totals, leaves = [], None
     for checkpoint in (None, 3):
         network = make(2, 4, 2, **options, checkpoint=checkpoint)
+        if network.rnn.learn_h0:
+            nn.init.constant_(network.rnn.h0, 0.5)
         if leaves is None:
             leaves = {"x": x.requires_grad_(), "hx": hx.requires_grad_()}
             leaves |= dict(network.named_parameters())
@@ -507,10 +527,10 @@ def test_checkpoint_with_other_options(options, layout):
         input = pack_padded_sequence(x, lengths, enforce_sorted=False) if layout == "packed" else x
         module = OfLossAndState(network)
         given = {f"network.{name}": value for name, value in given.items()}
-        more = {"lengths": lengths} if layout == "lengths" else {}
-        totals.append(
-            torch.func.functional_call(module, given, (input, y, hx), {"reduction": "sum", **more})
-        )
+        given_hx = None if network.rnn.learn_h0 else hx
+        more = {"reset": torch.eye(7, 3) > 0, "reduction": "sum"}
+        more |= {"lengths": lengths} if layout == "lengths" else {}
+        totals.append(torch.func.functional_call(module, given, (input, y, given_hx), more))
     assert_same("loss", *reversed(totals))
     compare_gradients(leaves, totals[1], totals[0])
 

@@ -33,7 +33,7 @@ AT_ONCE = 2**20
 
 
 def run_in_stretches(
-    stack, layers, options, dropout, x, hx, batch_sizes, keep, checkpoint, need_output
+    stack, layers, options, draws, x, hx, batch_sizes, keep, checkpoint, need_output
 ):
     """What ``stack`` returns, holding less meanwhile; None for an output that is not needed.
 
@@ -41,17 +41,16 @@ def run_in_stretches(
         stack: runs all layers, called with the arguments that follow it, up to keep.
         checkpoint: None, True for c = ceil(sqrt(T)), or c; checked.
     """
-    directions, hidden = len(options), len(layers[0][1])
+    directions, hidden = len(options), len(layers[0].weight_hh)
     if checkpoint is not None:
         checks.check_checkpoint("RNN", checkpoint, len(layers) // directions, directions)
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
-    tensors, _ = _take_tensors((x, hx, layers, options))
-    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    held_anyway = checkpoint is None if graph else need_output
-    waits = len(layers) > directions > 1  # for whole outputs of layers below
-    if held_anyway or waits or autograd._transformed():
-        output, h_n = stack(layers, options, dropout, x, hx, batch_sizes, keep)
+    # A second bidirectional layer waits for the whole output of the first.
+    whole = autograd._transformed() or len(layers) > directions > 1
+    graph = not whole and _records_gradient((x, hx, layers, options))
+    if whole or (checkpoint is None if graph else need_output):
+        output, h_n = stack(layers, options, draws, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n
 
     steps, rows = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
@@ -64,13 +63,18 @@ def run_in_stretches(
     for way, h0 in enumerate(hx.chunk(directions)):
         tensors, put_back = _take_tensors((layers[way::directions], options[way]))
         stretches = _cut(x, batch_sizes, keep[way], length, options[way])
-        plan = _Plan(stack, put_back, dropout, need_output, stretches)
+        plan = _Plan(stack, put_back, draws, need_output, stretches)
         output, h_n = (Checkpointed.apply if graph else _forward)(plan, x, h0, *tensors)
         outputs.append(output)
         states.append(h_n)
     if directions == 1:
         return output, h_n
     return torch.cat(outputs, -1) if need_output else None, torch.cat(states)
+
+
+def _records_gradient(tree):
+    tensors, _ = _take_tensors(tree)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _take_tensors(tree):
@@ -92,8 +96,9 @@ def _take_tensors(tree):
 def _refuse_transforms():
     if autograd._transformed():
         raise NotImplementedError(
-            "checkpoint must be None under transforms (torch.func, forward mode, torch.export, "
-            "torch.jit.trace), as backward runs autograd once more, which they do not see"
+            "checkpoint must be None under transforms (torch.func, forward mode, torch.compile, "
+            "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "
+            "do not see; torch.compiler.disable(module) leaves the module out of a compiled model"
         )
 
 
@@ -114,14 +119,12 @@ def _refuse_uneven_cuts(options, batch_sizes):
 class _Stretch(NamedTuple):
     """Some steps of all sequences that have any there.
 
-    place: which stretch it is in the order of time, which is that of x.
     rows: its part of x, along the first dimension.
     batch: how many sequences; the others have ended, or in reverse not begun.
     batch_sizes, keep: of its steps and sequences.
     cut: whether truncation stops the gradient of the state that arrives.
     """
 
-    place: int
     rows: slice
     batch: int
     batch_sizes: Tensor | None
@@ -146,18 +149,16 @@ def _cut(x, batch_sizes, keep, length, options):
     ]
     offsets = range(steps + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
     stretches = []
-    for number, (begin, end) in enumerate(zip(begins, [*begins[1:], steps], strict=True)):
-        cut = options.truncate and begin > 0 and begin % options.truncate == 0
+    for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         first, last = (steps - end, steps - begin) if options.reverse else (begin, end)
         batch = x.shape[1] if batch_sizes is None else int(batch_sizes[first])
         stretches.append(
             _Stretch(
-                place=len(begins) - 1 - number if options.reverse else number,
                 rows=slice(offsets[first], offsets[last]),
                 batch=batch,
                 batch_sizes=None if batch_sizes is None else batch_sizes[first:last],
                 keep=None if keep is None else keep[first:last, :batch],
-                cut=bool(cut),
+                cut=bool(options.truncate) and begin > 0 and begin % options.truncate == 0,
             )
         )
     return stretches
@@ -171,15 +172,20 @@ class _Plan(NamedTuple):
 
     stack: Callable
     put_back: Callable
-    dropout: float
+    draws: NamedTuple
     need_output: bool
     stretches: list[_Stretch]
 
-    def run(self, stretch, x, arriving, tensors):
+    @property
+    def random(self):
+        """Whether the stack draws random numbers; masks of whole sequences are drawn before."""
+        return self.draws.dropout > 0 or self.draws.noise > 0
+
+    def run(self, stretch, x, arriving, network):
         """The output of a stretch and the last states of its sequences."""
-        layers, options = self.put_back(tensors)
+        layers, options = network
         return self.stack(
-            layers, [options], self.dropout, x, arriving, stretch.batch_sizes, [stretch.keep]
+            layers, [options], self.draws, x, arriving, stretch.batch_sizes, [stretch.keep]
         )
 
 
@@ -193,11 +199,11 @@ def _replace(state, rows):
 
 def _forward(plan, x, h0, *tensors, note=lambda arriving: None):
     """The output, if it is needed, and h_n; ``note`` is called with what arrives at a stretch."""
-    output, state = None, h0
+    network, output, state = plan.put_back(tensors), None, h0
     for stretch in plan.stretches:
         arriving = state[:, : stretch.batch]
         note(arriving)
-        part, last = plan.run(stretch, x[stretch.rows], arriving, tensors)
+        part, last = plan.run(stretch, x[stretch.rows], arriving, network)
         state = _replace(state, last)
         if plan.need_output:
             output = part.new_empty(*x.shape[:-1], part.shape[-1]) if output is None else output
@@ -215,7 +221,7 @@ class Checkpointed(Function):
 
         def note(arriving):
             states.append(arriving)
-            numbers.append(_random_state(x) if plan.dropout else None)
+            numbers.append(_random_state(x) if plan.random else None)
 
         output, h_n = _forward(plan, x, h0, *tensors, note=note)
         ctx.set_materialize_grads(False)
@@ -228,7 +234,8 @@ class Checkpointed(Function):
         wanted = ctx.needs_input_grad[1:]
         if grad_output is None and grad_h_n is None:
             return (None,) * (1 + len(wanted))
-        inputs, states = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        saved = ctx.saved_tensors
+        inputs, states = saved[: len(wanted)], saved[len(wanted) :]
         if torch.is_grad_enabled():
             grads = _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted)
         else:
@@ -240,45 +247,42 @@ def _backward(ctx, grad_output, grad_h_n, inputs, states, wanted):
     """The gradients of inputs, x, h0 and tensors, None where not wanted."""
     x, h0, *tensors = inputs
     of_x, of_h0, *of_tensors = wanted
-    grad_x = torch.empty_like(x) if of_x else None
     tensors = [
         tensor.detach().requires_grad_(of) for tensor, of in zip(tensors, of_tensors, strict=True)
     ]
-    sums = [_zero_sum(tensor) if tensor.requires_grad else None for tensor in tensors]
+    network, chosen = ctx.plan.put_back(tensors), [t for t in tensors if t.requires_grad]
+    sums, grad_x = [_zero_sum(tensor) for tensor in chosen], torch.empty_like(x) if of_x else None
     d = torch.zeros_like(h0) if grad_h_n is None else grad_h_n
-    each = zip(ctx.plan.stretches, states, ctx.numbers, strict=True)
-    for stretch, arriving, numbers in reversed(list(each)):
-        part = x[stretch.rows].detach().requires_grad_(of_x)
+    for stretch, arriving, numbers in zip(
+        reversed(ctx.plan.stretches), reversed(states), reversed(ctx.numbers), strict=True
+    ):
         arriving = arriving.detach().requires_grad_()
-        grad_part = None if grad_output is None else grad_output[stretch.rows]
-        leaves = [arriving, part, *tensors]
-        grad_arriving, grad_part, *grads = _backward_of_one(
-            ctx, stretch, leaves, numbers, grad_part, d[:, : stretch.batch]
+        part = x[stretch.rows].detach().requires_grad_(of_x)
+        ends = d[:, : stretch.batch], None if grad_output is None else grad_output[stretch.rows]
+        leaves = [arriving, *([part] if of_x else []), *chosen]
+        grad, *grads = _backward_of_one(
+            ctx, stretch, part, arriving, network, numbers, leaves, ends
         )
-        d = _replace(d, torch.zeros_like(grad_arriving) if stretch.cut else grad_arriving)
+        d = _replace(d, torch.zeros_like(grad) if stretch.cut else grad)
         if of_x:
-            grad_x[stretch.rows] = grad_part
+            grad_x[stretch.rows] = grads.pop(0)
         for total, grad in zip(sums, grads, strict=True):
             if grad is not None:
                 total += grad
-    sums = [
-        None if total is None else total.to(tensor.dtype)
-        for total, tensor in zip(sums, tensors, strict=True)
-    ]
-    return grad_x, d if of_h0 else None, *sums
+    of_chosen = iter([total.to(tensor.dtype) for total, tensor in zip(sums, chosen, strict=True)])
+    return grad_x, d if of_h0 else None, *(next(of_chosen) if of else None for of in of_tensors)
 
 
-def _backward_of_one(ctx, stretch, leaves, numbers, grad_output, d):
-    """The gradients of one stretch; whatever it keeps is free again on return."""
-    arriving, x, *tensors = leaves
+def _backward_of_one(ctx, stretch, x, arriving, network, numbers, leaves, ends):
+    """The gradients of leaves from those of the last states and the output of one stretch.
+
+    Whatever the stretch holds is free again on return.
+    """
     with torch.enable_grad(), ctx.autocast(), _replayed(numbers):
-        output, last = ctx.plan.run(stretch, x, arriving, tensors)
-    ends, directions = [last], [d]
-    if grad_output is not None:
-        ends, directions = [last, output], [d, grad_output]
-    chosen = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(ends, chosen, directions, allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+        output, last = ctx.plan.run(stretch, x, arriving, network)
+    d, grad_output = ends
+    results, grads = ([last], [d]) if grad_output is None else ([last, output], [d, grad_output])
+    return torch.autograd.grad(results, leaves, grads, allow_unused=True)
 
 
 def _zero_sum(tensor):
@@ -292,32 +296,29 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
     # The graph ends at these views, even where one of the inputs depends on another.
     views = [tensor.view_as(tensor) for tensor in inputs]
     x, state, *tensors = views
-    stretches, parts = ctx.plan.stretches, {}
-    sizes = {stretch.place: stretch.rows.stop - stretch.rows.start for stretch in stretches}
-    x_parts = x.split([sizes[place] for place in range(len(stretches))])
-    with ctx.autocast():
-        for stretch, numbers in zip(stretches, ctx.numbers, strict=True):
-            arriving = state[:, : stretch.batch]
-            arriving = arriving.detach() if stretch.cut else arriving
-            with _replayed(numbers):
-                parts[stretch.place], last = ctx.plan.run(
-                    stretch, x_parts[stretch.place], arriving, tensors
-                )
-            state = _replace(state, last)
-    ends = [(state, grad_h_n)]
-    if grad_output is not None:
-        ends.append((torch.cat([parts[place] for place in range(len(parts))]), grad_output))
+    network, parts = ctx.plan.put_back(tensors), {}
+    # Slices would make a gradient of the size of x each; split makes one for all.
+    bounds = sorted((s.rows.start, s.rows.stop) for s in ctx.plan.stretches)
+    x_parts = x.split([stop - start for start, stop in bounds])
+    x_parts = {start: part for (start, _), part in zip(bounds, x_parts, strict=True)}
+    for stretch, numbers in zip(ctx.plan.stretches, ctx.numbers, strict=True):
+        first, arriving = stretch.rows.start, state[:, : stretch.batch]
+        arriving = arriving.detach() if stretch.cut else arriving
+        with ctx.autocast(), _replayed(numbers):
+            parts[first], last = ctx.plan.run(stretch, x_parts[first], arriving, network)
+        state = _replace(state, last)
+    output = torch.cat([parts[first] for first in sorted(parts)])
+    ends = [(output, grad_output), (state, grad_h_n)]
     ends = [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
     chosen = [view for view, of in zip(views, wanted, strict=True) if of]
-    found = (torch.zeros_like(view) for view in chosen)
     if ends:
-        found = iter(
-            torch.autograd.grad(
-                *([end for end, _ in ends], chosen, [grad for _, grad in ends]),
-                create_graph=True,
-                materialize_grads=True,
-            )
+        results, grads = zip(*ends, strict=True)
+        found = torch.autograd.grad(
+            results, chosen, grads, create_graph=True, materialize_grads=True
         )
+    else:  # the only input is h0, and truncation keeps its gradient from h_n
+        found = [torch.zeros_like(view) for view in chosen]
+    found = iter(found)
     return [next(found) if of else None for of in wanted]
 
 

@@ -206,7 +206,9 @@ class ElmanNetwork(nn.Module):
         # that ended before; of a packed input they are not in it. Nothing has no stretches.
         cut_off = rnn.truncate is not None and lengths is not None
         nothing = (input.data if isinstance(input, PackedSequence) else input).numel() == 0
-        return not (rnn.bidirectional or cut_off or nothing)
+        # One mask for all of a sequence, and observers of a whole call, are no matter of stretches.
+        whole = rnn._observer is not None or (rnn.training and rnn.recurrent_dropout > 0)
+        return not (rnn.bidirectional or cut_off or nothing or whole)
 
     @property
     def _directions(self):

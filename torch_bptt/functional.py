@@ -9,6 +9,7 @@ into one of the two by ``run`` and turned back at its end. There is no loop over
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,36 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_bptt import checks, reference
 from torch_bptt.autograd import Options, rnn_layer
 from torch_bptt.checkpoint import run_in_stretches
+
+
+class Layer(NamedTuple):
+    """One layer in one direction: its weights, and what else is of its own.
+
+    alpha: a number, or (H,) or () for a tensor.
+    restart: (H,) what rows restart from; None means zeros.
+    mask: (B, H) factors of the state in the recurrent product; None means ones.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    alpha: Tensor | float = 1.0
+    restart: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Draws(NamedTuple):
+    """What is drawn at random in a call; all zero when not training.
+
+    dropout: probability of a zero in the output of every layer but the last.
+    recurrent_dropout: probability that a unit is zero in the recurrent products of a sequence.
+    noise: standard deviation of what is added to the argument of f.
+    """
+
+    dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    noise: float = 0.0
 
 
 def rnn(
@@ -33,11 +64,14 @@ def rnn(
     reverse: bool = False,
     lengths: Sequence[int] | Tensor | int | None = None,
     reset: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | Tensor = 1.0,
     truncate: int | None = None,
     clip_grad_h: float | None = None,
     checkpoint: bool | int | None = None,
     need_output: bool = True,
+    restart: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    noise: float = 0.0,
 ) -> tuple[Tensor | PackedSequence | None, Tensor]:
     """Run one Elman layer over a whole sequence, in one direction.
 
@@ -67,7 +101,9 @@ def rnn(
             last step and always counts. (A flag ``done[t]`` that says that step t was the last of
             an episode is ``reset[t + 1]``.)
         alpha: the leak, a number in (0, 1]; 1 is Elman's network. Leaky rate units with time
-            constant tau, in the units of the time step dt, have alpha = dt / tau.
+            constant tau, in the units of the time step dt, have alpha = dt / tau. A tensor, () or
+            (H,), one for each unit, gets a gradient; that its values lie in (0, 1] is the caller's
+            care, for to look at them would wait for the device.
         truncate: k >= 1, truncated backpropagation: no gradient crosses from a row's step k, 2k,
             ... to the one before, as if the state were detached there. None never cuts.
         clip_grad_h: c > 0 clamps the gradient of every state to [-c, c] during backpropagation.
@@ -77,6 +113,13 @@ def rnn(
             docs/memory.md has what it takes and gives. None keeps every state.
         need_output: False returns None for the output. Memory then does not grow with T where no
             gradient is recorded, and as T / c + c with checkpoint.
+        restart: the state that rows start from after a reset, (H,), dtype and device of input; None
+            means zeros.
+        recurrent_dropout: probability p, in [0, 1), that a unit counts as zero in the recurrent
+            products of a sequence, h_{t-1} W_hh^T. Each sequence draws its units once, for all
+            steps, and the others count 1 / (1 - p) times. The leak sees them all.
+        noise: standard deviation of the Gaussian numbers that are added to the argument of f, one
+            for every step, sequence and unit.
     Returns:
         output: every state, shaped as input with H in place of I; a PackedSequence if input is one;
             None without need_output.
@@ -93,45 +136,59 @@ def rnn(
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time: what
         it does and how to do it; the clamp: Graves (2013), Generating sequences with recurrent
-        neural networks.
+        neural networks; one mask a sequence: Gal and Ghahramani (2016), A theoretically grounded
+        application of dropout in recurrent neural networks.
     """
     checks.check_nonlinearity(nonlinearity)
-    checks.check_options("rnn", alpha, truncate, clip_grad_h)
+    checks.check_options("rnn", alpha, truncate, clip_grad_h, recurrent_dropout, noise)
+    if isinstance(alpha, Tensor):
+        checks.check_alpha("rnn", alpha, ((), (len(weight_hh),)))
+    if restart is not None:
+        checks.check_restart(restart, input, len(weight_hh))
     checks.check_checkpoint("rnn", checkpoint)
     rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
     if hx is not None:
         one = not isinstance(input, PackedSequence) and input.dim() == 2
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
         hx = hx.unsqueeze(0)
-    layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
-    options = [Options(nonlinearity, alpha, reverse, truncate or 0, clip_grad_h)]
+    layers = [Layer(weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart)]
+    options = [Options(nonlinearity, reverse, truncate or 0, clip_grad_h)]
+    draws = Draws(0.0, recurrent_dropout, noise)
     output, h_n = run(
-        input, hx, layers, options, batch_first, 0.0, lengths, reset, checkpoint, need_output
+        input, hx, layers, options, batch_first, draws, lengths, reset, checkpoint, need_output
     )
     return output, h_n.squeeze(0)
 
 
-def run(input, hx, layers, options, batch_first, dropout, lengths, reset, checkpoint, need_output):
+def run(
+    input, hx, layers, options, batch_first, draws, lengths, reset, checkpoint, need_output,
+    observer=None,
+):  # fmt: skip
     """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
 
     Arguments:
         input, batch_first, lengths, reset: as in ``rnn``; input is checked.
         hx: (L * D, B, H), or (L * D, H) for one sequence, or None; checked, in the order of layers.
-        layers: L * D tuples (weight_ih, weight_hh, bias_ih, bias_hh), the directions of layer 0
-            first.
+        layers: L * D of them, the directions of layer 0 first.
         options: those of each direction, the same for all layers; checked.
-        dropout: probability of a zero in the output of every layer but the last; 0 when not
-            training.
+        draws: as the name says.
+        observer: gets to see every layer and direction; see ``diagnose``.
         checkpoint, need_output: as in ``rnn``; checkpoint is checked.
     Returns:
         output, with D * H features, or None, and h_n, shaped as hx.
     """
     checks.check_need_output(need_output)
+    if observer is not None and not (checkpoint is None and need_output):
+        raise NotImplementedError(
+            "gradient_flow: checkpoint must be None and need_output True, as nothing may be "
+            f"computed twice or left out, got {checkpoint!r} and {need_output!r}"
+        )
 
     def stack(x, hx, batch_sizes, reset):
-        call = layers, options, dropout, x, hx, batch_sizes, _keep(reset, options)
+        network = _with_masks(layers, draws, x, batch_sizes)
+        call = network, options, draws, x, hx, batch_sizes, _keep(reset, options)
         if checkpoint is None and need_output:
-            return _stack(*call)
+            return _stack(*call, observer)
         return run_in_stretches(_stack, *call, checkpoint, need_output)
 
     if isinstance(input, PackedSequence):
@@ -206,7 +263,18 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
     return zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros), h_n
 
 
-def _stack(layers, options, dropout, x, hx, batch_sizes, keep):
+def _with_masks(layers, draws, x, batch_sizes):
+    """The layers with masks for every sequence, drawn once for all of its steps."""
+    if not draws.recurrent_dropout:
+        return layers
+    rows = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return [
+        own._replace(mask=F.dropout(x.new_ones(rows, len(own.weight_hh)), draws.recurrent_dropout))
+        for own in layers
+    ]
+
+
+def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
     """All layers over time-major rows; keep has one tensor, or None, per direction."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
@@ -214,14 +282,18 @@ def _stack(layers, options, dropout, x, hx, batch_sizes, keep):
         outputs = []
         for direction, own in enumerate(options):
             index = first + direction
+            probe = None if observer is None else observer.probe(x)
             output, last = layer(
-                x, states[index], *layers[index], batch_sizes, keep[direction], own
-            )
+                x, states[index], layers[index], batch_sizes, keep[direction], own, draws.noise,
+                probe,
+            )  # fmt: skip
+            if observer is not None:
+                observer.record(index, output, probe, batch_sizes, own.reverse)
             outputs.append(output)
             h_n.append(last)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if dropout and first + len(options) < len(layers):
-            x = F.dropout(x, dropout)
+        if draws.dropout and first + len(options) < len(layers):
+            x = F.dropout(x, draws.dropout)
     return x, _join(h_n, packed)
 
 
@@ -243,14 +315,43 @@ def _join(states, packed):
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
+def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
     """One layer in one direction over time-major rows: what rnn_layer does not do."""
+    weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, mask = network
     if torch._C._is_any_autocast_enabled():
-        tensors = _autocast((x, h0, weight_ih, weight_hh, bias_ih, bias_hh))
-        x, h0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+        tensors = (x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart)
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart = _autocast(tensors)
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
-    return run_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options)
+    alpha = _alpha(alpha, x, len(weight_hh))
+    restart = None if keep is None else _state(restart, x, batch_sizes)
+    mask = _state(mask, x, batch_sizes)
+    drawn = _noise(noise, x, len(weight_hh)) if noise else None
+    return run_layer(
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha, restart,
+        mask, drawn, probe,
+    )  # fmt: skip
+
+
+def _noise(deviation, x, hidden):
+    return deviation * torch.randn((*x.shape[:-1], hidden), dtype=x.dtype, device=x.device)
+
+
+def _alpha(alpha, x, hidden):
+    """One leak for each unit in the type that x is computed in, or None for Elman's network."""
+    dtype = torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+    if isinstance(alpha, Tensor):
+        return alpha.to(dtype).expand(hidden)
+    return None if alpha == 1 else x.new_full((hidden,), alpha, dtype=dtype)
+
+
+def _state(tensor, x, batch_sizes):
+    """(H,) or (B, H) as a state beside x, of which the first rows are there."""
+    if tensor is None:
+        return None
+    rows = x.shape[-2] if batch_sizes is None else int(batch_sizes[0])
+    state = tensor.expand(rows, -1) if tensor.dim() == 1 else tensor[:rows]
+    return state.to(x.dtype) if batch_sizes is not None else state.to(x.dtype).unsqueeze(0)
 
 
 def _autocast(tensors):
@@ -275,17 +376,22 @@ def _warn_of_complex():
     )
 
 
-def _complex_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
-    activation, alpha, reverse, truncate, clip = options
+def _complex_layer(
+    x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha, restart, mask,
+    noise, probe,
+):  # fmt: skip
+    activation, reverse, truncate, clip = options
     if truncate or clip is not None:
         option = "truncate" if truncate else "clip_grad_h"
         raise NotImplementedError(
             f"{option} must be None for a complex input, got {truncate or clip}"
         )
+    if probe is not None:
+        raise NotImplementedError(f"gradient_flow: input must be real, got {x.dtype}")
     _warn_of_complex()
     weights = weight_ih, weight_hh, bias_ih, bias_hh
     output, h_n, _ = reference.rnn_forward(
-        x, h0, *weights, activation, batch_sizes, keep, alpha, reverse
+        x, h0, *weights, activation, batch_sizes, keep, alpha, restart, mask, noise, reverse
     )
     return output, h_n
 

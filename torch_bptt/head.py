@@ -170,9 +170,12 @@ class TotalLoss(Function):
     def backward(ctx, grad_total):
         states, weight, bias, target, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradients are to be differentiable: all rows at once
-            leaves = states, weight, bias
-            total = _total(*leaves, target, ctx.criterion)
-            of = [leaf for leaf, wanted in zip(leaves, ctx.wanted, strict=True) if wanted]
+            # The graph ends at these views, even where states depend on V, which is then tied.
+            views = [
+                None if leaf is None else leaf.view_as(leaf) for leaf in (states, weight, bias)
+            ]
+            total = _total(*views, target, ctx.criterion)
+            of = [view for view, wanted in zip(views, ctx.wanted, strict=True) if wanted]
             found = iter(torch.autograd.grad(total, of, grad_total, create_graph=True))
             gradients = [next(found) if wanted else None for wanted in ctx.wanted]
             return *gradients, None, None, None

@@ -43,7 +43,9 @@ def total_in_stretches(
     """
     shape = (rnn.num_layers, layout.rows, rnn.hidden_size)
     x, batch_sizes = layout.time_major(input), None
-    if hx is None:
+    if hx is None and rnn.learn_h0:
+        hx = rnn.h0.unsqueeze(1).expand(shape)
+    elif hx is None:
         hx = x.new_zeros(shape)
     else:
         checks.check_stacked_hidden(input, hx, shape)
@@ -87,11 +89,15 @@ class _Plan:
         self.names = [name for name, _ in rnn.named_parameters()]
         self.lengths, self.target, self.counted = lengths, target, counted
         self.criterion, self.stretches = criterion, stretches
-        self.dropout = rnn.training  # random numbers may be drawn
+        self.random = rnn.training and (rnn.dropout > 0 or rnn.noise > 0)
 
-    def run(self, stretch, x, arriving, tensors):
+    def put_back(self, tensors):
+        """(parameters of the layers by name, weight and bias of the head)."""
         own, head = tensors[: len(self.names)], tensors[len(self.names) :]
-        weight, bias = head if len(head) == 2 else (*head, None)
+        return dict(zip(self.names, own, strict=True)), *head, *([] if len(head) == 2 else [None])
+
+    def run(self, stretch, x, arriving, network):
+        own, weight, bias = network
         rows, input, lengths = stretch.rows, x, self.lengths
         if stretch.batch_sizes is not None:
             input = PackedSequence(x, stretch.batch_sizes)
@@ -101,7 +107,7 @@ class _Plan:
             rows = slice(rows.start * stretch.batch, rows.stop * stretch.batch)
         output, last = functional_call(
             self.rnn,
-            dict(zip(self.names, own, strict=True)),
+            own,
             (input, arriving),
             {"lengths": lengths, "reset": stretch.keep},
         )
