@@ -67,8 +67,7 @@ class ElmanNetwork(nn.Module):
             "ElmanNetwork", "output_activation", output_activation, tuple(activations)
         )
         checks.check_count("ElmanNetwork", "output_size", output_size)
-        if not isinstance(many_to_one, bool):
-            raise TypeError(f"ElmanNetwork: many_to_one must be a bool, got {many_to_one!r}")
+        checks.check_bool("ElmanNetwork", "many_to_one", many_to_one)
         self.output_activation = output_activation
         self.many_to_one = many_to_one
         self.rnn = RNN(input_size, hidden_size, **options)
