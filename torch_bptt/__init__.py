@@ -2,10 +2,12 @@
 
 from torch_bptt import diagnose, functional, reference
 from torch_bptt.convert import convert
+from torch_bptt.elman import ElmanNetwork
 from torch_bptt.rnn import RNN, RNNCell
 from torch_bptt.tbptt import tbptt
 
 __version__ = "0.1.0"
 __all__ = [
-    "RNN", "RNNCell", "__version__", "convert", "diagnose", "functional", "reference", "tbptt",
+    "RNN", "ElmanNetwork", "RNNCell", "__version__", "convert", "diagnose", "functional",
+    "reference", "tbptt",
 ]  # fmt: skip
