@@ -60,8 +60,10 @@ INPUT_NOISE = 0.2 * math.sqrt(2 / ALPHA)
 INPUTS = ("fixation mark", "left", "right")
 FIXATE, LEFT, RIGHT = range(3)  # what the network may do, and the rows of the read-out
 
+RATES_OF = 200  # trials of each coherence whose rates are analysed
+
 SPECTRAL_RADIUS = 1.2  # of W before training
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 5e-3  # at first; it falls to zero along half a cosine
 CLIP = 0.1  # largest norm of the gradient
 
 
@@ -264,12 +266,15 @@ class History:
 
 
 def train(network: RateNetwork, args: argparse.Namespace) -> History:
-    optimizer, losses, strength, correct = adam(network), [], [], []
+    losses, strength, correct = [], [], []
+    optimizer = adam(network)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     for step in progress(args.steps, "training", lambda: f"loss {losses[-1]:.3f}"):
         trials = Trials.mixed(args.batch)
         loss, right = train_step(network, optimizer, trials)
         if not math.isfinite(loss):
             fail(f"the loss of step {step} is {loss}", 1)
+        schedule.step()
         losses.append(loss)
         strength.append(trials.coherence.abs())
         correct.append(right)
@@ -293,7 +298,7 @@ def progress(steps: int, title: str, figures: Callable[[], str]) -> Iterator[int
 
 @dataclass
 class Behaviour:
-    """Many trials of one strength: signed coherence (B,), answer (B,) bool, rates (T, B, H)."""
+    """Many trials of one strength: answers (B,) bool, rates of the first B' of them (T, B', H)."""
 
     strength: float
     trials: Trials
@@ -311,6 +316,8 @@ def observe(network: RateNetwork, trials_per_strength: int) -> list[Behaviour]:
     for strength in COHERENCES:
         trials = Trials.draw(torch.full((trials_per_strength,), strength))
         logits, rates = network(trials.stimulus)
+        # A copy, so that the rates of all trials are not kept.
+        rates = rates[:, :RATES_OF].clone()
         result.append(Behaviour(strength, trials, answer(logits, trials), rates))
     return result
 
@@ -347,13 +354,13 @@ def fit_logistic(coherence: Tensor, rightward: Tensor, count: Tensor) -> tuple[f
 
 
 def preferring_right(observed: list[Behaviour]) -> Tensor:
-    """(H,) bool: the unit's rate rises with coherence. Judged from the first half of the trials."""
-    covariance = 0.0
-    for behaviour in observed:
-        half = len(behaviour.rightward) // 2
-        during = behaviour.rates[STIMULUS_STEPS, :half].mean(0)  # (B / 2, H)
-        covariance = covariance + behaviour.trials.coherence[:half] @ during
-    return covariance > 0
+    """(H,) bool: the unit's rate rises with coherence. Judged from the first half of the rates."""
+    pairs = [(behaviour, behaviour.rates.shape[1] // 2) for behaviour in observed]
+    coherence = torch.cat([behaviour.trials.coherence[:half] for behaviour, half in pairs])
+    during = torch.cat(
+        [behaviour.rates[STIMULUS_STEPS, :half].mean(0) for behaviour, half in pairs]
+    )
+    return (coherence - coherence.mean()) @ during > 0
 
 
 def rates_by_choice(
@@ -361,9 +368,10 @@ def rates_by_choice(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mean rate (T,) of units (H,) bool, in trials that end with their preferred answer, and in
     the others; correct trials of the second half. None where there is no such trial."""
-    half = len(behaviour.rightward) // 2
-    rates, said = behaviour.rates[:, half:], behaviour.rightward[half:]
-    valid = said == behaviour.trials.rightward[half:]
+    kept = behaviour.rates.shape[1]
+    second = slice(kept // 2, kept)
+    rates, said = behaviour.rates[:, second], behaviour.rightward[second]
+    valid = said == behaviour.trials.rightward[second]
     if behaviour.strength == 0:  # there is nothing to be wrong about
         valid = torch.ones_like(said)
     means = []
@@ -581,9 +589,9 @@ def shades(zero: bool = False) -> list:
 
 SIZES = {  # default, with --quick, help
     "units": (100, 50, "recurrent units: four fifths excite, one fifth inhibits"),
-    "steps": (1500, 800, "training steps"),
-    "batch": (64, 32, "trials per training step"),
-    "trials": (1000, 400, "trials per coherence of the psychometric curve"),
+    "steps": (2000, 800, "training steps"),
+    "batch": (32, 32, "trials per training step"),
+    "trials": (1000, 1000, "trials per coherence of the psychometric curve"),
     "timed": (30, 5, "training steps that are timed"),
 }
 
