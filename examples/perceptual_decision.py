@@ -49,7 +49,7 @@ ALPHA = DT / TAU
 # One trial, ms: mark on, dots, delay (drawn anew for each trial), answer until the end.
 FIXATION, STIMULUS, DELAY, TRIAL = 200, 1000, (200, 500), 2000
 GRACE = 100  # ms after the mark goes out in which nothing is asked of the network
-FIXATION_COUNTS = 0.05  # per step, next to 1 in the answer
+FIXATION_COUNTS = 0.01  # per step, next to 1 in the answer: it is long, and easy to learn
 STEPS = int(TRIAL / DT)  # T
 STIMULUS_STEPS = slice(int(FIXATION / DT), int((FIXATION + STIMULUS) / DT))
 
@@ -298,11 +298,18 @@ def progress(steps: int, title: str, figures: Callable[[], str]) -> Iterator[int
 
 @dataclass
 class Behaviour:
-    """Many trials of one strength: answers (B,) bool, rates of the first B' of them (T, B', H)."""
+    """Many trials of one strength.
+
+    Attributes:
+        rightward: (B,) bool, the answers.
+        fixated: the fraction of the steps with the mark on in which the network chose to fixate.
+        rates: (T, B', H), of the first B' trials.
+    """
 
     strength: float
     trials: Trials
     rightward: Tensor
+    fixated: float
     rates: Tensor
 
     @property
@@ -316,9 +323,9 @@ def observe(network: RateNetwork, trials_per_strength: int) -> list[Behaviour]:
     for strength in COHERENCES:
         trials = Trials.draw(torch.full((trials_per_strength,), strength))
         logits, rates = network(trials.stimulus)
-        # A copy, so that the rates of all trials are not kept.
-        rates = rates[:, :RATES_OF].clone()
-        result.append(Behaviour(strength, trials, answer(logits, trials), rates))
+        fixated = (logits.argmax(-1) == FIXATE)[trials.target == FIXATE].float().mean().item()
+        rates = rates[:, :RATES_OF].clone()  # a copy, so that those of all trials are not kept
+        result.append(Behaviour(strength, trials, answer(logits, trials), fixated, rates))
     return result
 
 
@@ -659,6 +666,8 @@ def main() -> int:
     for behaviour in observed[1:]:
         ideal = ideal_observer(torch.tensor(behaviour.strength)).item()
         print(f"{behaviour.strength:>8.1%} {behaviour.correct:>11.1%} {ideal:>14.1%}")
+    fixated = statistics.fmean(behaviour.fixated for behaviour in observed)
+    print(f"while the mark is on it fixates in {fixated:.1%} of the steps")
     fit = fit_logistic(*psychometric(observed))
     if fit:
         print(f"logistic fit: slope {fit[0]:.1f}, so 75 % correct at {math.log(3) / fit[0]:.1%}")

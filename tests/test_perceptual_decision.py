@@ -66,6 +66,8 @@ def test_it_learns_the_task(finished: tuple[Path, str]) -> None:
     assert list(coherence) == [3.2, 6.4, 12.8, 25.6, 51.2]
     assert correct[-1] > 95
     assert (np.diff(correct) > 0).all(), f"not monotone: {correct}"
+    fixates = re.search(r"it fixates in ([\d.]+)% of the steps", finished[1])
+    assert float(fixates[1]) > 95
     # 1000 trials each: nobody beats the ideal observer by more than chance, four standard errors.
     error = 100 * np.sqrt(0.25 / 1000)
     assert (correct < ideal + 4 * error).all(), f"{correct} against {ideal}"
@@ -236,7 +238,7 @@ def test_the_psychometric_curve_counts_answers(example: ModuleType) -> None:
     for strength in (0.0, 0.5):
         trials = example.Trials.draw(torch.full((40,), strength))
         said = torch.rand(40) < 0.7
-        observed.append(example.Behaviour(strength, trials, said, torch.zeros(200, 40, 5)))
+        observed.append(example.Behaviour(strength, trials, said, 1.0, torch.zeros(200, 40, 5)))
     coherence, rightward, count = example.psychometric(observed)
     assert coherence.tolist() == [-0.5, 0.0, 0.5]
     assert count.sum() == 80
@@ -251,7 +253,7 @@ def test_rates_by_choice_are_means_over_trials_and_units(example: ModuleType) ->
     trials = example.Trials.draw(torch.full((40,), 0.5))
     said = torch.rand(40) < 0.5
     rates = torch.rand(200, 30, 6, dtype=torch.float64)  # those of 10 trials were not kept
-    behaviour = example.Behaviour(0.5, trials, said, rates)
+    behaviour = example.Behaviour(0.5, trials, said, 1.0, rates)
     units = torch.tensor([True, True, True, True, False, False])
     right = torch.tensor([True, False, True, False, True, False])
     found = example.rates_by_choice(behaviour, units, right)
@@ -275,7 +277,7 @@ def test_units_that_prefer_right(example: ModuleType) -> None:
     rates = torch.ones(200, 40, 2)
     rates[20:120, :, 0] += trials.coherence
     rates[20:120, :, 1] -= trials.coherence
-    behaviour = example.Behaviour(0.5, trials, trials.rightward, rates)
+    behaviour = example.Behaviour(0.5, trials, trials.rightward, 1.0, rates)
     assert example.preferring_right([behaviour]).tolist() == [True, False]
 
 
