@@ -133,28 +133,17 @@ def ideal_observer(coherence: Tensor) -> Tensor:
 
 
 class Dale(nn.Module):
-    """Parametrization of weight_hh, (H, H): |V|, times the sign of the unit that sends.
+    """Parametrization of a weight: |V|, times fixed signs, (H,) for the units that send.
 
-    h @ weight_hh.T makes column j what unit j sends. No unit sends to itself.
+    With (H, H) also single synapses may be missing: their sign is 0.
     """
 
-    def __init__(self, excitatory: int, inhibitory: int) -> None:
+    def __init__(self, sign: Tensor) -> None:
         super().__init__()
-        sign = torch.cat([torch.ones(excitatory), -torch.ones(inhibitory)])
-        self.register_buffer("sign", sign * (1 - torch.eye(len(sign))))
+        self.register_buffer("sign", sign)
 
     def forward(self, raw: Tensor) -> Tensor:
         return raw.abs() * self.sign
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight.abs()
-
-
-class NonNegative(nn.Module):
-    """Parametrization of a weight: |V|."""
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw.abs()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight.abs()
@@ -190,7 +179,7 @@ class LoopRNN(nn.Module):
 
 
 class RateNetwork(nn.Module):
-    """Recurrent units and a read-out of the excitatory ones."""
+    """Recurrent units, of which the last fifth inhibits, and a read-out of those that excite."""
 
     def __init__(self, units: int, loop: bool = False) -> None:
         super().__init__()
@@ -200,7 +189,7 @@ class RateNetwork(nn.Module):
             self.rnn = LoopRNN(len(INPUTS), units)
         else:
             self.rnn = torch_bptt.RNN(len(INPUTS), units, nonlinearity="relu", alpha=ALPHA)
-        self.readout = nn.Linear(self.excitatory, 3)
+        self.readout = nn.Linear(units, 3)
 
         with torch.no_grad():
             # Few strong inputs and many weak ones: units differ in what they see.
@@ -208,16 +197,17 @@ class RateNetwork(nn.Module):
             self.rnn.weight_hh_l0.copy_(balanced_weights(self.excitatory, inhibitory))
             self.rnn.bias_ih_l0.zero_()
             self.rnn.bias_hh_l0.zero_()
-        parametrize.register_parametrization(
-            self.rnn, "weight_hh_l0", Dale(self.excitatory, inhibitory)
-        )
-        parametrize.register_parametrization(self.rnn, "weight_ih_l0", NonNegative())
-        parametrize.register_parametrization(self.readout, "weight", NonNegative())
+        sign = torch.cat([torch.ones(self.excitatory), -torch.ones(inhibitory)])
+        no_self = 1 - torch.eye(units)
+        # h @ weight_hh.T makes column j of weight_hh what unit j sends.
+        parametrize.register_parametrization(self.rnn, "weight_hh_l0", Dale(sign * no_self))
+        parametrize.register_parametrization(self.rnn, "weight_ih_l0", Dale(torch.ones(1)))
+        parametrize.register_parametrization(self.readout, "weight", Dale(sign.relu()))
 
     def forward(self, stimulus: Tensor) -> tuple[Tensor, Tensor]:
         """stimulus (T, B, 3) -> logits of the three actions (T, B, 3), rates (T, B, H)."""
         rates, _ = self.rnn(stimulus)
-        return self.readout(rates[..., : self.excitatory]), rates
+        return self.readout(rates), rates
 
 
 def loss_of(logits: Tensor, trials: Trials) -> Tensor:
@@ -260,16 +250,15 @@ class History:
     def accuracy(self, strength: float, window: int) -> Tensor:
         """Moving fraction of correct answers at one strength, over so many steps."""
         asked = torch.isclose(self.strength, torch.tensor(strength))
-        right = (asked & self.correct).sum(1).float().cumsum(0)
-        count = asked.sum(1).float().cumsum(0)
-        return (right[window:] - right[:-window]) / (count[window:] - count[:-window])
+        correct = (asked & self.correct).sum(1).unfold(0, window, 1).sum(1)
+        return correct / asked.sum(1).unfold(0, window, 1).sum(1)
 
 
 def train(network: RateNetwork, args: argparse.Namespace) -> History:
     losses, strength, correct = [], [], []
     optimizer = adam(network)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    for step in progress(args.steps, "training", lambda: f"loss {losses[-1]:.3f}"):
+    for step in progress(args.steps, lambda: f"loss {losses[-1]:.3f}"):
         trials = Trials.mixed(args.batch)
         loss, right = train_step(network, optimizer, trials)
         if not math.isfinite(loss):
@@ -281,16 +270,16 @@ def train(network: RateNetwork, args: argparse.Namespace) -> History:
     return History(losses, torch.stack(strength), torch.stack(correct))
 
 
-def progress(steps: int, title: str, figures: Callable[[], str]) -> Iterator[int]:
+def progress(steps: int, figures: Callable[[], str]) -> Iterator[int]:
     """Counts steps: a bar on a terminal; elsewhere, as in a log, a line for each tenth."""
     from tqdm import tqdm
 
-    bar = tqdm(range(steps), desc=title, disable=None)
+    bar = tqdm(range(steps), desc="training", disable=None)
     for step in bar:
         yield step
         bar.set_postfix_str(figures(), refresh=False)
         if bar.disable and 10 * (step + 1) // steps > 10 * step // steps:
-            print(f"{title}: step {step + 1}/{steps}, {figures()}", flush=True)
+            print(f"step {step + 1}/{steps}: {figures()}", flush=True)
 
 
 # --- what was learned -----------------------------------------------------------------------------
@@ -450,9 +439,11 @@ def seconds_per_step(
     network: RateNetwork, loop: RateNetwork, args: argparse.Namespace
 ) -> dict[str, float]:
     """Medians of whole training steps, taken in turns: what else the machine does slows both."""
+    from tqdm import tqdm
+
     pairs = {"loop": (loop, adam(loop)), "torch_bptt": (network, adam(network))}
     seconds = {name: [] for name in pairs}
-    for _ in progress(args.timed, "timing", lambda: f"{seconds['loop'][-1] * 1e3:.0f} ms"):
+    for _ in tqdm(range(args.timed), desc="timing", disable=None):
         trials = Trials.mixed(args.batch)
         for name, pair in pairs.items():
             begin = time.perf_counter()
@@ -567,10 +558,10 @@ def draw_seconds(axes, seconds: dict[str, float]) -> None:
 
 def draw_rates(axes, observed: list[Behaviour], units: Tensor, right: Tensor, title: str) -> None:
     for behaviour, colour in zip(observed, shades(zero=True), strict=True):
+        axes.plot([], [], color=colour, label=f"{behaviour.strength:.1%}")
         for rates, line in zip(rates_by_choice(behaviour, units, right), "-:", strict=True):
             if rates is not None:
-                label = f"{behaviour.strength:.1%}" if line == "-" else None
-                axes.plot(MILLISECONDS, rates, line, color=colour, lw=1.5, label=label)
+                axes.plot(MILLISECONDS, rates, line, color=colour, lw=1.5)
     axes.axvspan(0, STIMULUS, color="#f2f2f2", zorder=0)
     axes.set(title=f"{title}: preferred choice —, other ···", ylabel="mean rate")
     axes.set(xlabel="ms from the onset of the dots")
