@@ -7,8 +7,8 @@ answer when the fixation mark goes out (Roitman and Shadlen, 2002; Song, Yang an
 
 The network has excitatory and inhibitory units, 4 to 1, with time constant tau:
 
-    tau dr/dt = -r + relu(W r + W_in u + b)         with Euler's method and alpha = dt / tau:
-    r_t = (1 - alpha) r_{t-1} + alpha relu(W r_{t-1} + W_in u_t + b)
+    tau dr/dt = -r + relu(W r + W_in u + b + noise)         in Euler's steps, alpha = dt / tau:
+    r_t = (1 - alpha) r_{t-1} + alpha relu(W r_{t-1} + W_in u_t + b + sqrt(2 / alpha) sigma xi_t)
 
 In W column j holds what unit j sends to all others. Dale's law: all its signs are the same. `Dale`
 keeps it during training; it is a parametrization of PyTorch, and the recurrent layer knows nothing
@@ -54,8 +54,10 @@ STEPS = int(TRIAL / DT)  # T
 STIMULUS_STEPS = slice(int(FIXATION / DT), int((FIXATION + STIMULUS) / DT))
 
 COHERENCES = (0.0, 0.032, 0.064, 0.128, 0.256, 0.512)
-# White noise of the evidence: its integral does not depend on dt if a step has this deviation.
+# White noise of the evidence and inside every unit: what it adds up to does not depend on dt if a
+# single step has these deviations.
 INPUT_NOISE = 0.2 * math.sqrt(2 / ALPHA)
+UNIT_NOISE = 0.05 * math.sqrt(2 / ALPHA)
 
 INPUTS = ("fixation mark", "left", "right")
 FIXATE, LEFT, RIGHT = range(3)  # what the network may do, and the rows of the read-out
@@ -173,7 +175,10 @@ class LoopRNN(nn.Module):
         state = input.new_zeros(input.shape[1], len(weight_hh))
         output = []
         for u in linear(input, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0):
-            state = (1 - ALPHA) * state + ALPHA * torch.relu(u + linear(state, weight_hh))
+            z = u + linear(state, weight_hh)
+            if self.training:
+                z = z + UNIT_NOISE * torch.randn_like(z)
+            state = (1 - ALPHA) * state + ALPHA * torch.relu(z)
             output.append(state)
         return torch.stack(output), state
 
@@ -188,7 +193,9 @@ class RateNetwork(nn.Module):
         if loop:
             self.rnn = LoopRNN(len(INPUTS), units)
         else:
-            self.rnn = torch_bptt.RNN(len(INPUTS), units, nonlinearity="relu", alpha=ALPHA)
+            self.rnn = torch_bptt.RNN(
+                len(INPUTS), units, nonlinearity="relu", alpha=ALPHA, noise=UNIT_NOISE
+            )
         self.readout = nn.Linear(units, 3)
 
         with torch.no_grad():
@@ -308,6 +315,7 @@ class Behaviour:
 
 @torch.no_grad()
 def observe(network: RateNetwork, trials_per_strength: int) -> list[Behaviour]:
+    """In training mode still: the noise belongs to the network, not to its training."""
     result = []
     for strength in COHERENCES:
         trials = Trials.draw(torch.full((trials_per_strength,), strength))
@@ -400,9 +408,11 @@ def check_dale(weight: Tensor, excitatory: int) -> str:
 
 
 def states_and_gradients(network: RateNetwork, trials: Trials) -> dict[str, Tensor]:
+    network.eval()  # without noise, of which both would draw their own
     network.zero_grad()
     logits, rates = network(trials.stimulus)
     loss_of(logits, trials).backward()
+    network.train()
     gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
     return {"rates": rates.detach()} | gradients
 

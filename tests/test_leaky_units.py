@@ -1,7 +1,9 @@
 """docs/leaky-units.md is true: its code runs from top to bottom, and its mathematics holds."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import pytest
@@ -9,52 +11,28 @@ import torch
 
 PAGE = (Path(__file__).parents[1] / "docs" / "leaky-units.md").read_text(encoding="utf-8")
 
-# Sections whose code waits for an option of RNN: title -> the option.
-WAITING = {
-    "One time constant per unit, or learned ones": "alpha as a tensor",
-    "Noise": "noise",
-    "A learned initial state": "learn_h0",
-    "Recurrent dropout": "recurrent_dropout",
-}
 
-
-def sections() -> dict[str, list]:
-    """Title of each section -> its Python blocks as code objects with the page's line numbers."""
-    result, title = {}, ""
-    marks = r"^## (?P<title>[^\n]*)$|^```python\n(?P<code>.*?)^```$"
-    for found in re.finditer(marks, PAGE, re.MULTILINE | re.DOTALL):
-        if found["title"]:
-            title = found["title"]
-            result[title] = []
-        else:
-            above = "\n" * PAGE.count("\n", 0, found.start("code"))
-            result[title].append(compile(above + found["code"], "docs/leaky-units.md", "exec"))
-    return result
+def blocks() -> Iterator[CodeType]:
+    """The Python blocks, with the line numbers of the page."""
+    for found in re.finditer(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        above = "\n" * PAGE.count("\n", 0, found.start(1))
+        yield compile(above + found[1], "docs/leaky-units.md", "exec")
 
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """All names of the page after its code ran, without the sections that wait."""
+    """All names of the page after its code ran."""
     names = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for title, blocks in sections().items():
-            if title not in WAITING:
-                for block in blocks:
-                    exec(block, names)
+        for block in blocks():
+            exec(block, names)
     return names
 
 
 def test_the_code_runs(names: dict) -> None:
-    assert sum(map(len, sections().values())) >= 10
+    assert len(list(blocks())) >= 10
     assert {"LeakyRNN", "ported", "Dale", "currents", "loss"} <= names.keys()
-
-
-@pytest.mark.parametrize("title", WAITING)
-def test_the_code_that_waits(title: str, names: dict) -> None:
-    blocks = sections()[title]
-    assert blocks
-    pytest.skip(f"{WAITING[title]} is not there yet")
 
 
 def test_the_port_has_the_gradients_of_the_loop(names: dict) -> None:

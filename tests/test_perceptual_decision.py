@@ -159,7 +159,7 @@ def test_dale_gives_every_unit_one_sign(example: ModuleType) -> None:
 @pytest.mark.parametrize("loop", [False, True])
 def test_states_are_those_of_the_equation(example: ModuleType, loop: bool) -> None:
     """Against numpy, in float64: 200 steps of sums of at most 20 terms stay within 1e-12."""
-    network = example.RateNetwork(20, loop=loop).double()
+    network = example.RateNetwork(20, loop=loop).double().eval()
     stimulus = example.Trials.mixed(3).stimulus.double()
     logits, rates = network(stimulus)
     rnn = network.rnn
@@ -174,6 +174,24 @@ def test_states_are_those_of_the_equation(example: ModuleType, loop: bool) -> No
         expected = r @ readout.T + offset
         np.testing.assert_allclose(logits[t].detach().numpy(), expected, rtol=0, atol=1e-12)
     assert rates.max() > 0.1, "a silent network would agree with anything"
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_noise_is_inside_f(example: ModuleType, loop: bool) -> None:
+    """Units without input or synapses: relu of the noise, filtered.
+
+    Their mean is s / sqrt(2 pi) (1 - 0.9^t), known from 200 x 100 units that are independent to
+    s sqrt(a / (2 - a)) / sqrt(20000): four times that is the bound.
+    """
+    rnn = example.RateNetwork(100, loop=loop).rnn
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.zero_()
+        rates, _ = rnn(torch.zeros(200, 200, 3))
+    s = math.sqrt(2 / 0.1) * 0.05
+    bound = 4 * s * math.sqrt(0.1 / 1.9) / math.sqrt(20000)
+    assert abs(rates[-1].mean().item() - s / math.sqrt(2 * math.pi)) < bound
+    assert not rnn.eval()(torch.zeros(200, 200, 3))[0].any()
 
 
 def test_the_answer_and_the_loss_read_the_right_period(example: ModuleType) -> None:
