@@ -597,7 +597,7 @@ def shades(zero: bool = False) -> list:
 
 SIZES = {  # default, with --quick, help
     "units": (100, 50, "recurrent units: four fifths excite, one fifth inhibits"),
-    "steps": (2000, 800, "training steps"),
+    "steps": (2000, 600, "training steps"),
     "batch": (32, 32, "trials per training step"),
     "trials": (1000, 1000, "trials per coherence of the psychometric curve"),
     "timed": (30, 5, "training steps that are timed"),
