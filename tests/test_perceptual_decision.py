@@ -202,7 +202,7 @@ def test_the_answer_and_the_loss_read_the_right_period(example: ModuleType) -> N
     logits = torch.zeros(200, 2, 3)
     for trial, side in enumerate((example.RIGHT, example.LEFT)):
         trials.target[go[trial] :, trial] = side
-        logits[: go[trial] + 10, trial, 3 - side] = 9.0  # before, and in the grace period: wrong
+        logits[: go[trial] + 10, trial, 3 - side] = 99.0  # before, and in the grace period: wrong
         logits[go[trial] + 10 :, trial, side] = 1.0
     assert example.answer(logits, trials).tolist() == [True, False]
 
