@@ -76,7 +76,7 @@ def run(module, input, hx=None, seed=0, **options):
     )
     leaves = {"input": leaf, "hx": hx, **dict(module.named_parameters())}
     leaves = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return Run(output, h_n, {f"grad of {n}": g for n, g in zip(leaves, gradients, strict=True)})
 
 
