@@ -528,16 +528,15 @@ def draw_trial(above, below, network: RateNetwork) -> None:
 def draw_learning(axes, history: History) -> None:
     losses, window = torch.tensor(history.losses), max(1, len(history.losses) // 30)
     axes.plot(losses, color=GREY, lw=0.6)
-    axes.plot(
-        range(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), "k", label="loss"
-    )
+    steps = range(window, len(losses) + 1)
+    means = losses.unfold(0, window, 1).mean(1)
+    axes.plot(steps, means, "k", label="loss")
     for strength, colour in zip(COHERENCES[1:], shades(), strict=True):
         accuracy = history.accuracy(strength, window)
-        axes.plot(range(window, window + len(accuracy)), accuracy, color=colour, lw=1.2)
-        axes.text(len(losses), accuracy[-1], f" {strength:.1%}", color=colour, va="center", size=8)
+        axes.plot(steps, accuracy, color=colour, lw=1.2, label=f"{strength:.1%}")
     axes.set(title="Learning: loss, and correct answers by coherence", xlabel="training step")
     axes.set(ylim=(0, 1.2))
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower left", ncols=3, fontsize=8)
 
 
 def draw_psychometric(axes, observed: list[Behaviour]) -> None:
