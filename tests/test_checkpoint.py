@@ -4,7 +4,9 @@ The plain run is held against torch.nn.RNN and against loops elsewhere; here it 
 """
 
 import math
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,25 +199,26 @@ def test_without_need_output_and_gradient(monkeypatch):
 # ---- in narrow dtypes ----------------------------------------------------------------------------
 
 
-def gradients(net, x, autocast=False):
+def gradients(net, x, lengths, autocast=False):
     """output, h_n and the gradients of the parameters."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output, h_n = net(x)
+        output, h_n = net(x, lengths=lengths)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((output * weights).sum(), list(net.parameters()))
     return output, h_n, grads
 
 
-def test_autocast():
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["batch", "lengths"])
+def test_autocast(lengths):
     """bfloat16, in the second run too, which backward starts from outside."""
     plain, checkpointed = networks(dtype=torch.float32, checkpoint=2)
     x = randn(T, B, I).float()
-    *results, grads = gradients(checkpointed, x, autocast=True)
-    *expected, plain_grads = gradients(plain, x, autocast=True)
+    *results, grads = gradients(checkpointed, x, lengths, autocast=True)
+    *expected, plain_grads = gradients(plain, x, lengths, autocast=True)
     for got, other in zip(results, expected, strict=True):
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, other)
-    *_, truths = gradients(plain.double(), x.double())
+    *_, truths = gradients(plain.double(), x.double(), lengths)
     for got, other, truth in zip(grads, plain_grads, truths, strict=True):
         assert got.dtype == torch.float32
         plain_error = largest_error(other, truth)
@@ -478,6 +481,14 @@ def test_transforms_without_need_output():
 def test_torch_nn_rnn_has_no_checkpoint():
     with pytest.raises(ValueError, match="to_torch: checkpoint must be None"):
         torch_bptt.RNN(I, H, checkpoint=3).to_torch()
+
+
+def test_the_example_of_the_documentation_runs():
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert all(weight.grad is not None for weight in names["rnn"].parameters())
 
 
 def test_repr_and_old_state():

@@ -27,9 +27,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from torch_bptt import autograd, checks
 
-# Numbers in the output of one stretch where nothing is kept: 4 MiB of float32. A call takes little
-# beside so many.
-AT_ONCE = 2**20
+# Numbers in the output of one stretch where nothing is kept: 1 MiB of float32, beside which the
+# time of a call is little.
+AT_ONCE = 2**18
 
 
 def run_in_stretches(
@@ -46,18 +46,20 @@ def run_in_stretches(
         checks.check_checkpoint("RNN", checkpoint, len(layers) // directions, directions)
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
+    steps, rows = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
     # A second bidirectional layer waits for the whole output of the first.
     whole = autograd._transformed() or len(layers) > directions > 1
-    graph = not whole and _records_gradient((x, hx, layers, options))
-    if whole or (checkpoint is None if graph else need_output):
+    graph = not whole and torch.is_grad_enabled() and _any_requires_grad((x, hx, layers, options))
+    if graph:
+        length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
+        whole = checkpoint is None
+    else:
+        length = max(1, AT_ONCE // max(1, rows * hidden))
+        whole = whole or need_output or steps <= length
+    if whole:
         output, h_n = stack(layers, options, dropout, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n
 
-    steps, rows = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-    if not graph:
-        length = max(1, AT_ONCE // max(1, rows * hidden))
-    else:
-        length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
     hx = x.new_zeros(len(layers), rows, hidden) if hx is None else hx
     outputs, states = [], []
     for way, h0 in enumerate(hx.chunk(directions)):
@@ -72,9 +74,8 @@ def run_in_stretches(
     return torch.cat(outputs, -1) if need_output else None, torch.cat(states)
 
 
-def _records_gradient(tree):
-    tensors, _ = _take_tensors(tree)
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _any_requires_grad(tree):
+    return any(tensor.requires_grad for tensor in _take_tensors(tree)[0])
 
 
 def _take_tensors(tree):
