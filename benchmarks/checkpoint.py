@@ -103,14 +103,14 @@ def memory(way: str, case: Case, count: int) -> float:
     return int(out) / 2**20
 
 
-def seconds(case: Case, calls: int) -> dict[str, list[float]]:
+def seconds(case: Case, ways: list[str], calls: int) -> dict[str, list[float]]:
     """Of single calls of every way, taking turns in an order that rotates."""
-    steps = {way: prepare(way, case) for way in WAYS}
-    times = {way: [] for way in WAYS}
+    steps = {way: prepare(way, case) for way in ways}
+    times = {way: [] for way in ways}
     gc.disable()
     for turn in range(calls + 1):
-        for place in range(len(WAYS)):
-            way = list(WAYS)[(turn + place) % len(WAYS)]
+        for place in range(len(ways)):
+            way = ways[(turn + place) % len(ways)]
             start = time.perf_counter()
             steps[way]()
             if turn:  # the first round is not counted
@@ -132,6 +132,10 @@ def main() -> None:
         metavar=("T", "B", "I", "H"),
         help="(%(default)s)",
     )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+        help=f"of {', '.join(map(repr, WAYS))} (all)",
+    )  # fmt: skip
     parser.add_argument("--calls", type=int, default=9, help="of each way (%(default)s)")
     parser.add_argument(
         "--csv", type=Path, help="where to (benchmarks/results/checkpoint/MACHINE.csv)"
@@ -148,12 +152,12 @@ def main() -> None:
 
     here = Path(__file__).parent
     path = options.csv or here / "results" / "checkpoint" / f"{machine()}.csv"
-    times = seconds(case, options.calls)
+    times = seconds(case, options.ways, options.calls)
     print(f"{case.name}, {table.count(str(count))}")
     for way, found in times.items():
         extra = memory(way, case, count)
         median, p20, p80 = (quantile(found, q) for q in (0.5, 0.2, 0.8))
-        ratio = median / quantile(times[PLAIN], 0.5)
+        ratio = median / quantile(times[options.ways[0]], 0.5)
         print(f"{way:44} {median:7.3g} s  {ratio:5.2f}x  {extra:8.1f} MiB")
         row = {
             "group": "checkpoint",
