@@ -8,9 +8,9 @@ backward wants it, so that only the states between stretches, and one stretch, a
 Of T steps that is T / c states and c steps, least for c = sqrt(T). A stretch is one call of
 ``functional._stack``, all layers at once.
 
-torch.utils.checkpoint around every stretch gives the same, but takes hundreds of microseconds for
-each and a second copy of the output to join its parts, and it adds up the gradients of bfloat16
-weights in bfloat16.
+torch.utils.checkpoint around every stretch gives the same, but takes longer, keeps small tensors
+between those that it frees, which malloc then cannot use again, needs a second copy of the output
+to join its parts, and adds up the gradients of bfloat16 weights in bfloat16.
 """
 
 import contextlib
