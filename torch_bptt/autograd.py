@@ -272,7 +272,14 @@ def _transformed() -> bool:
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
-    return forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (
+        forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        # torch.utils.checkpoint stops a second forward by an exception out of such a hook, which
+        # leaves a node in C++ half made, in a cycle with its output that nothing frees.
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
