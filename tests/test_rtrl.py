@@ -9,6 +9,8 @@ a factor of 50. A missing term is of the size of the gradient itself.
 import copy
 import doctest
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,10 +117,7 @@ def test_the_sum_over_steps_is_the_gradient_of_bptt(
 
 @pytest.mark.parametrize("nonlinearity", VALUES)
 def test_many_steps(nonlinearity):
-    """200 steps of wider layers. Roundings add up to 30 times those of the other tests at most,
-
-    as terms older than 30 steps count for little: the states are drawn together by every step.
-    """
+    """200 steps of wider layers, whose C_t shrink vectors: a term's roundings shrink with it."""
     torch.manual_seed(0)
     net = RNN(5, 17, nonlinearity=nonlinearity, dtype=torch.float64)
     x, g = randn(200, 2, 5), randn(200, 2, 17, seed=1)
@@ -178,9 +177,10 @@ def test_an_alpha_per_unit_that_is_not_learned():
 
 
 def test_finite_differences():
-    """Central ones, step e = 1e-5: truncated at e^2 = 1e-10 times a third derivative of order ten,
+    """Central ones with a step of e = 1e-5.
 
-    rounded to 1e-16 / e = 1e-11 of the loss, which is below ten.
+    Truncation: e^2 = 1e-10 times a third derivative of order ten. Rounding: 1e-16 / e = 1e-11 of
+    the loss, which is below ten.
     """
     net = network("sigmoid", alpha=0.6)
     x, g, hx, reset = randn(T, B, I), losses(), randn(B, H, seed=2), resets()
@@ -191,9 +191,7 @@ def test_finite_differences():
         trainer.start(hx)
         return sum((trainer.step(x[t], reset[t]) * g[t]).sum() for t in range(T)).item()
 
-    gradients = by_rtrl(net, x, g, hx, reset)
-    leaves = [*net.parameters(), hx]
-    hx.requires_grad_()
+    leaves = [*net.parameters(), hx.requires_grad_()]
     gradients = by_rtrl(net, x, g, hx, reset)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         flat, step = leaf.data.view(-1), 1e-5
@@ -212,9 +210,10 @@ def test_finite_differences():
 
 
 def by_jacobians(net, x, g, hx, mask, change=lambda step: None):
-    """One row. S_t = mask (dh_t/dh_{t-1} S_{t-1} + dh_t/dtheta), where one step of nn.RNNCell is
+    """Gradients of one row, from S_t = mask (dh_t/dh_{t-1} S_{t-1} + dh_t/dtheta).
 
-    differentiated by autograd, and theta is all parameters in a row. Gradients, summed over steps.
+    Both factors are autograd's Jacobians of one step of nn.RNNCell; theta is all its parameters in
+    one vector.
     """
     names, shapes = zip(*((name, p.shape) for name, p in net.named_parameters()), strict=True)
     sizes = [shape.numel() for shape in shapes]
@@ -431,6 +430,15 @@ def test_example_in_the_docstring():
     failed, tried = doctest.testmod(rtrl, extraglobs={"torch": torch})
     assert tried > 0
     assert failed == 0
+
+
+def test_example_in_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "rtrl.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["h"].shape == (8, 32)
+    assert names["rtrl"].nbytes == 4 * 8 * 32**2 * (3 + 32 + 1)
 
 
 # --- wrong inputs ---------------------------------------------------------------------------------
