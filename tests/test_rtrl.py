@@ -221,8 +221,9 @@ def by_jacobians(net, x, g, hx, mask, change=lambda step: None):
     for t in range(len(x)):
 
         def one_step(h, theta, t=t):
-            parts = [part.view(shape) for part, shape in zip(theta.split(sizes), shapes)]  # noqa: B905
-            return torch.func.functional_call(net, dict(zip(names, parts)), (x[t], h))  # noqa: B905
+            parts = map(torch.Tensor.view, theta.split(sizes), shapes)
+            values = dict(zip(names, parts, strict=True))
+            return torch.func.functional_call(net, values, (x[t], h))
 
         theta = torch.cat([p.detach().flatten() for p in net.parameters()])
         across, at_once = torch.autograd.functional.jacobian(one_step, (h, theta))
@@ -254,7 +255,7 @@ def test_the_sensitivity_by_one_step_jacobians(method, nonlinearity):
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 @pytest.mark.parametrize("nonlinearity", VALUES)
 def test_snap1_is_exact_where_the_recurrent_matrix_is_diagonal(nonlinearity, alpha):
-    """For what the diagonal does not constrain: all but the other entries of weight_hh."""
+    """No unit then acts on another; entries beside the diagonal have a gradient all the same."""
     net = network(nonlinearity, alpha=alpha)
     net.h0 = nn.Parameter(randn(1, H, seed=4))
     net.weight_hh_l0.data = torch.diag(torch.tensor([0.9, -0.5, 0.3, 0.7], dtype=torch.float64))
