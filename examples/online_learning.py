@@ -309,7 +309,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--delay", type=count, metavar="D", default=4, help="symbols between cue and question")
     add("--window", type=count, metavar="K", default=3, help="steps of the shorter BPTT window")
     add("--hidden", type=count, metavar="H", default=32, help="units")
-    # Slow units: SnAp-1 sees nothing but what stays within a unit.
     add("--alpha", type=leak, metavar="A", default=0.5, help="of the units; 1: none is slow")
     add("--batch", type=count, metavar="B", default=8, help="streams read in parallel")
     add("--lr", type=positive, metavar="RATE", default=3e-3, help="learning rate")
