@@ -12,10 +12,11 @@ known (ask) or chance (noise). There is no end, no pause and no second look: aft
 weights change. How can a network learn to remember like that?
 
 - Truncated BPTT keeps the last k inputs and goes back through them, k steps of work for every
-  update. When the answer is due the cue is delay + 1 steps old, so k must be delay + 2 at least.
+  update. When the answer is due the cue is delay + 1 steps old: a gradient reaches it only with
+  k = delay + 2 or more.
 - RTRL carries along how each unit depends on each parameter, through the whole past: no window to
-  choose, for H times the memory of the parameters. SnAp-1 carries only the part that stays within a
-  unit.
+  choose, for B H times the memory of the parameters. SnAp-1 carries only what stays within a unit,
+  for B times.
 
 All four networks begin with the same weights, see the same stream and make the same number of
 updates. Read `Learner.learn` first.
@@ -50,7 +51,6 @@ CUES, NOISE, ASK, SYMBOLS = (0, 1), (2, 3), 4, 5
 CLIP = 1.0  # largest norm of the gradient of an update
 MEAN = 100  # answers that a point of the curves is the mean of
 CHANCE = 1.0  # bits that the answer costs whoever does not remember the cue
-
 
 # Of this thread, which does all the work: what else the machine does is not counted.
 processor_time = time.thread_time
