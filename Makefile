@@ -43,6 +43,7 @@ demo: build  ## train a character-level language model with nn.RNN and with torc
 # Sphinx goes into .venv beside the rest. Warnings are errors, and every name of ours has to be found.
 docs: build $(VENV)/docs  ## the pages in build/docs, their code and examples run before
 	$(BIN)/python -m pytest tests/test_docs.py
+	rm -rf build/docs
 	$(BIN)/python -m sphinx -q -E -n -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 

@@ -9,10 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 def write(translator, node, block):
+    formula = node.astext().replace("'", r"^\prime ")  # which docutils leaves on the line
     try:
-        translator.body.append(tex2mathml(node.astext(), as_block=block))
+        translator.body.append(tex2mathml(formula, as_block=block))
     except MathError as error:
-        logger.warning("formula %r: %s", node.astext(), error, location=node)
+        logger.warning("formula %r: %s", formula, error, location=node)
     raise nodes.SkipNode
 
 
