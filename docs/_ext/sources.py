@@ -53,7 +53,7 @@ def is_source(app, path):
     """Whether a link's target is a file that Sphinx has no page or picture of."""
     if path is None or not path.is_file():
         return False
-    return not (path.is_relative_to(app.srcdir) and path.suffix in (".md", ".svg"))
+    return not (path.is_relative_to(app.srcdir) and path.suffix in (".md", ".svg", ".png"))
 
 
 def rewrite(app, docname, content):
