@@ -28,8 +28,8 @@ MODULES = sorted(
     for module in pkgutil.iter_modules(torch_bptt.__path__)
     if module.name not in ("_C", "__main__")
 )
-# ```python and, directly below it, what it prints: ```text. Where nothing stands below, it may print
-# what it likes.
+# ```python and, directly below it, what it prints: ```text. Where nothing stands below, it may
+# print what it likes.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
