@@ -7,7 +7,9 @@ line of its own, and an indented body, which is either entries ``name: words`` o
 import re
 from itertools import takewhile
 
-SECTIONS = ("Arguments", "Attributes", "Returns", "Raises", "Yields", "Example", "Source")
+SECTIONS = (
+    "Arguments", "Attributes", "Returns", "Yields", "Raises", "Example", "Notes", "Source"
+)  # fmt: skip
 HEADING = re.compile(rf"({'|'.join(SECTIONS)}):$")
 ENTRY = re.compile(r"(\w[\w{}.]*(?:, \w[\w{}.]*)*): +(.*)")
 
