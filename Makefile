@@ -50,6 +50,7 @@ docs: build $(VENV)/docs  ## the pages in build/docs, their code and examples ru
 figures: build  ## draw the figures of the documentation again
 	$(BIN)/python docs/figures/curves.py
 	$(BIN)/python docs/figures/diagrams.py
+	$(BIN)/python docs/figures/diagnose.py
 
 bench: build  ## measure against nn.RNN, write benchmarks/results, print the tables
 	$(BIN)/python benchmarks/run.py --threads 1 $(ARGS)
