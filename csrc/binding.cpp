@@ -20,25 +20,29 @@ TORCH_LIBRARY(torch_bptt, m) {
   m.def(
       "rnn(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
-      "float alpha=1.0, bool reverse=False, int truncate=0, float? clip=None) "
+      "Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, Tensor? noise=None, "
+      "Tensor? probe=None, bool reverse=False, int truncate=0, float? clip=None) "
       "-> (Tensor h, Tensor h_n)");
   m.def(
       "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
-      "float alpha=1.0, bool reverse=False) -> (Tensor h, Tensor h_n, Tensor f)");
+      "Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, Tensor? noise=None, "
+      "bool reverse=False) -> (Tensor h, Tensor h_n, Tensor f)");
   m.def(
       "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor? f, "
-      "Tensor weight_ih, Tensor weight_hh, str activation, bool[5] wanted, "
-      "Tensor? batch_sizes=None, Tensor? keep=None, float alpha=1.0, bool reverse=False, "
-      "int truncate=0, float? clip=None) -> (Tensor grad_x, Tensor grad_h0, "
-      "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias)");
+      "Tensor weight_ih, Tensor weight_hh, str activation, bool[8] wanted, "
+      "Tensor? batch_sizes=None, Tensor? keep=None, Tensor? alpha=None, Tensor? restart=None, "
+      "Tensor? mask=None, bool reverse=False, int truncate=0, float? clip=None) "
+      "-> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, Tensor grad_weight_hh, "
+      "Tensor grad_bias, Tensor grad_alpha, Tensor grad_restart, Tensor norms)");
   m.def(
       "adjoint_scan(Tensor g, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, "
-      "Tensor? keep=None, float alpha=1.0, bool reverse=False, int truncate=0, float? clip=None) "
-      "-> (Tensor d, Tensor d0)");
+      "Tensor? keep=None, Tensor? alpha=None, Tensor? mask=None, bool reverse=False, "
+      "int truncate=0, float? clip=None) -> (Tensor d, Tensor d0, Tensor d_restart)");
   m.def(
       "tangent_scan(Tensor c, Tensor? q0, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, "
-      "Tensor? keep=None, float alpha=1.0, bool reverse=False, int truncate=0) -> Tensor q");
+      "Tensor? keep=None, Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, "
+      "bool reverse=False, int truncate=0) -> Tensor q");
 }
 
 TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) { m.impl("rnn", torch_bptt::rnn); }
@@ -54,21 +58,21 @@ TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) {
 
 namespace torch_bptt {
 
-std::array<Tensor, 6> backward_with_graph(const SavedForBackward& saved,
-                                          const LayerOptions& options,
-                                          const std::array<bool, 6>& wanted) {
+std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
+                                               const LayerOptions& options,
+                                               const std::array<bool, INPUTS>& wanted) {
   pybind11::gil_scoped_acquire gil;
   try {
     const pybind11::object backward =
         pybind11::module_::import("torch_bptt.autograd").attr("backward_with_graph");
-    const auto grads =
-        backward(saved.grad_h, saved.grad_h_n, saved.x, saved.h0, saved.weight_ih, saved.weight_hh,
-                 saved.batch_sizes, saved.keep, saved.h, saved.f,
-                 pybind11::make_tuple(options.activation, options.alpha, options.reverse,
-                                      options.truncate, options.clip),
-                 wanted)
-            .cast<std::array<OptionalTensor, 6>>();
-    std::array<Tensor, 6> result;
+    const auto grads = backward(saved.grad_h, saved.grad_h_n, saved.x, saved.h0, saved.weight_ih,
+                                saved.weight_hh, saved.batch_sizes, saved.keep, saved.alpha,
+                                saved.restart, saved.mask, saved.h, saved.f,
+                                pybind11::make_tuple(options.activation, options.reverse,
+                                                     options.truncate, options.clip),
+                                wanted)
+                           .cast<std::array<OptionalTensor, INPUTS>>();
+    std::array<Tensor, INPUTS> result;
     for (size_t i = 0; i < grads.size(); ++i) result[i] = grads[i].value_or(Tensor());
     return result;
   } catch (pybind11::error_already_set& error) {

@@ -4,6 +4,7 @@
 // mix of dtypes or devices, as torch.nn.RNN has it.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/DimVector.h>
 #include <c10/util/Exception.h>
@@ -32,8 +33,16 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor,
               ", got ", tensor.scalar_type());
 }
 
-inline void check_alpha(const char* op, double alpha) {
-  TORCH_CHECK_VALUE(alpha > 0 && alpha <= 1, op, ": alpha must be in (0, 1], got ", alpha);
+// One leak for each unit, in the type that x is computed in. Its values are the caller's concern:
+// looking at them would wait for the device.
+inline void check_alpha(const char* op, const OptionalTensor& alpha, int64_t hidden_size,
+                        const Tensor& x) {
+  if (!alpha) return;
+  check_shape(op, "alpha", *alpha, {hidden_size}, "(hidden_size)");
+  const auto expected = at::toOpMathType(x.scalar_type());
+  TORCH_CHECK(alpha->device() == x.device() && alpha->scalar_type() == expected, op,
+              ": alpha must be ", expected, " on ", x.device(), ", in which ", x.scalar_type(),
+              " is computed, got ", alpha->scalar_type(), " on ", alpha->device());
 }
 
 inline void check_truncate(const char* op, int64_t truncate) {
@@ -102,11 +111,21 @@ struct Sizes {
     if (dims == 2) return {rows(), features};
     return {T, B, features};
   }
-  // The shape of h0 and h_n: one step, with as many dimensions.
+  // The shape of a state (h0, h_n, ...): one step, with as many dimensions.
   c10::DimVector state_shape(int64_t features) const {
     if (dims == 2) return {B, features};
     return {1, B, features};
   }
 };
+
+// A state, with dtype and device of `like`.
+inline void check_state(const char* op, const char* name, const OptionalTensor& state,
+                        const Sizes& sizes, int64_t hidden_size, const char* like_name,
+                        const Tensor& like) {
+  if (!state) return;
+  check_shape(op, name, *state, sizes.state_shape(hidden_size),
+              "(batch, hidden_size), and as many dimensions as the sequence");
+  check_like(op, name, *state, like_name, like);
+}
 
 }  // namespace torch_bptt

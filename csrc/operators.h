@@ -2,8 +2,13 @@
 //
 // Rows are dense, (T, B, features), or packed as in PackedSequence: (N, features) with batch_sizes
 // (T); (B, features) alone is a single step. A state is one step with as many dimensions as x:
-// (1, B, H) beside dense rows, else (B, H). keep (T, B) is false where the state arriving at a step
-// counts as zero. The mathematics is in README.md beside this file.
+// (1, B, H) beside dense rows, else (B, H). The mathematics is in README.md beside this file.
+//
+// Options that several operators have, absent where None:
+//   keep     bool (T, B), false where the row restarts: the state of the step before does not
+//   arrive restart  state that arrives instead; zeros alpha    (H) leak of each unit, in the type
+//   that x is computed in; 1 mask     state, factors of what arrives before it is multiplied by
+//   W_hh; 1 noise    as h, added to z; zeros
 #pragma once
 
 #include <array>
@@ -15,55 +20,68 @@
 
 namespace torch_bptt {
 
-// -> h as x with H features; h_n, a state; f(z_t) as h, empty when alpha is 1
+// -> h as x with H features; h_n, a state; f(z_t) as h, empty without alpha
 std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse);
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    bool reverse);
 
-// -> grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias; those not wanted are empty and
-// cost nothing
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
-    const OptionalTensor& grad_h, const OptionalTensor& grad_h_n, const Tensor& x,
-    const OptionalTensor& h0, const Tensor& h, const OptionalTensor& f, const Tensor& weight_ih,
-    const Tensor& weight_hh, std::string_view activation, std::array<bool, 5> wanted,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
-    int64_t truncate, std::optional<double> clip);
+// -> grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart, norms
+// |dL/dh_t| of every row; those not wanted are empty and cost nothing
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
+                       const Tensor& x, const OptionalTensor& h0, const Tensor& h,
+                       const OptionalTensor& f, const Tensor& weight_ih, const Tensor& weight_hh,
+                       std::string_view activation, std::array<bool, 8> wanted,
+                       const OptionalTensor& batch_sizes, const OptionalTensor& keep,
+                       const OptionalTensor& alpha, const OptionalTensor& restart,
+                       const OptionalTensor& mask, bool reverse, int64_t truncate,
+                       std::optional<double> clip);
 
-// -> d as g; d0, a state
-std::tuple<Tensor, Tensor> adjoint_scan(const Tensor& g, const Tensor& gate,
-                                        const Tensor& weight_hh, const OptionalTensor& batch_sizes,
-                                        const OptionalTensor& keep, double alpha, bool reverse,
-                                        int64_t truncate, std::optional<double> clip);
+// -> d as g; d0 and what goes back to restart, states
+std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
+    const Tensor& g, const Tensor& gate, const Tensor& weight_hh, const OptionalTensor& batch_sizes,
+    const OptionalTensor& keep, const OptionalTensor& alpha, const OptionalTensor& mask,
+    bool reverse, int64_t truncate, std::optional<double> clip);
 
 // -> q as c
 Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gate,
                     const Tensor& weight_hh, const OptionalTensor& batch_sizes,
-                    const OptionalTensor& keep, double alpha, bool reverse, int64_t truncate);
+                    const OptionalTensor& keep, const OptionalTensor& alpha,
+                    const OptionalTensor& restart, const OptionalTensor& mask, bool reverse,
+                    int64_t truncate);
 
 // ---- the layer with its derivative (autograd.cpp)
 // ------------------------------------------------
 
-// -> h, h_n. Without a graph, and with one.
+// -> h, h_n. Without a graph, and with one. probe has the shape of x without its features and the
+// type that x is computed in: it changes nothing, and its gradient is the norm of dL/dh_t.
 std::tuple<Tensor, Tensor> rnn(const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih,
                                const Tensor& weight_hh, const OptionalTensor& bias_ih,
                                const OptionalTensor& bias_hh, std::string_view activation,
                                const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-                               double alpha, bool reverse, int64_t truncate,
+                               const OptionalTensor& alpha, const OptionalTensor& restart,
+                               const OptionalTensor& mask, const OptionalTensor& noise,
+                               const OptionalTensor& probe, bool reverse, int64_t truncate,
                                std::optional<double> clip);
 std::tuple<Tensor, Tensor> rnn_with_gradient(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, double alpha, bool reverse,
-    int64_t truncate, std::optional<double> clip);
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
+
+// The arguments of the layer that have a gradient, in their order.
+enum LayerInput { X, H0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, ALPHA, RESTART, PROBE, INPUTS };
 
 struct LayerOptions {
   std::string activation;
-  double alpha;
   bool reverse;
   int64_t truncate;
   std::optional<double> clip;
-  std::array<bool, 6> given;  // of x, h0, weight_ih, weight_hh, bias_ih, bias_hh: those that exist
+  std::array<bool, INPUTS> given;  // those that exist
 };
 
 struct SavedForBackward {
@@ -71,15 +89,15 @@ struct SavedForBackward {
   Tensor x;
   OptionalTensor h0;
   Tensor weight_ih, weight_hh;
-  OptionalTensor batch_sizes, keep;
+  OptionalTensor batch_sizes, keep, alpha, restart, mask;
   Tensor h;
   OptionalTensor f;
 };
 
-// The gradients of x, h0, weight_ih, weight_hh, bias_ih, bias_hh, undefined where not wanted, as
-// functions that can be differentiated: torch_bptt.autograd.backward_with_graph.
-std::array<Tensor, 6> backward_with_graph(const SavedForBackward& saved,
-                                          const LayerOptions& options,
-                                          const std::array<bool, 6>& wanted);
+// The gradients of a layer's inputs, undefined where not wanted, as functions that can be
+// differentiated: torch_bptt.autograd.backward_with_graph.
+std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
+                                               const LayerOptions& options,
+                                               const std::array<bool, INPUTS>& wanted);
 
 }  // namespace torch_bptt

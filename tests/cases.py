@@ -46,6 +46,7 @@ GRID = {
     "reverse": (False, True),
     "truncate": (0, 2),
     "clip": (None, 0.5),
+    "extra": (False, True),
 }
 
 
@@ -64,11 +65,12 @@ class Case:
     reverse: bool = False
     truncate: int = 0
     clip: float | None = None
+    extra: bool = False  # a state to restart from, a mask and noise
     bias: bool = True
     h0: bool = True
 
     def __str__(self):
-        flags = [name for name in ("packed", "keep", "reverse") if getattr(self, name)]
+        flags = [name for name in ("packed", "keep", "reverse", "extra") if getattr(self, name)]
         flags += [f"no_{name}" for name in ("bias", "h0") if not getattr(self, name)]
         flags += [
             f"{name}{getattr(self, name)}" for name in ("truncate", "clip") if getattr(self, name)
@@ -87,6 +89,7 @@ EVERYTHING = {
     "reverse": True,
     "truncate": 2,
     "clip": 0.5,
+    "extra": True,
 }
 
 
@@ -99,17 +102,21 @@ def sized(**options):
 
 
 def grid(base=None, **fixed):
-    """Every combination of GRID; ``fixed`` holds some options at one value."""
+    """Every combination of GRID; ``fixed`` holds some options at one value.
+
+    But extra with two activations only, of which one is smooth: it comes before them.
+    """
     choices = [[fixed[name]] if name in fixed else values for name, values in GRID.items()]
-    return [
+    cases = [
         (base or Case()).but(**dict(zip(GRID, values, strict=True)))
         for values in itertools.product(*choices)
     ]
+    return [case for case in cases if not case.extra or case.activation in ("tanh", "relu")]
 
 
 @dataclasses.dataclass
 class Problem:
-    """The tensors of a case; all of x, h0, weights, biases and incoming gradients share dtype."""
+    """The tensors of a case; all but alpha, batch_sizes and keep share a dtype."""
 
     case: Case
     x: torch.Tensor  # (T, B, I) or (N, I)
@@ -123,44 +130,79 @@ class Problem:
     gate: torch.Tensor  # (T, B, H) or (N, H), for the scans alone
     batch_sizes: torch.Tensor | None  # (T,)
     keep: torch.Tensor | None  # (T, B)
+    alpha: torch.Tensor | None  # (H,) of two values; float32 where the others are narrower
+    restart: torch.Tensor | None  # as h0
+    mask: torch.Tensor | None  # as h0
+    noise: torch.Tensor | None  # (T, B, H) or (N, H)
 
-    INPUTS = ("x", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    TENSORS = (*INPUTS, "grad_h", "grad_h_n", "gate")
+    OPERANDS = ("x", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    INPUTS = (*OPERANDS, "alpha", "restart")  # all that may have a gradient
+    TENSORS = (*INPUTS, "mask", "noise", "grad_h", "grad_h_n", "gate")
+
+    @property
+    def operands(self):
+        return tuple(getattr(self, name) for name in self.OPERANDS)
+
+    @property
+    def names(self):
+        """Those of INPUTS that the case has; an operand may be None."""
+        others = [name for name in ("alpha", "restart") if getattr(self, name) is not None]
+        return (*self.OPERANDS, *others)
 
     @property
     def inputs(self):
-        return tuple(getattr(self, name) for name in self.INPUTS)
+        return tuple(getattr(self, name) for name in self.names)
+
+    def named(self, inputs):
+        """Tensors in the order of names -> operands, {alpha, restart}."""
+        others = dict.fromkeys(("alpha", "restart")) | dict(
+            zip(self.names[6:], inputs[6:], strict=True)
+        )
+        return inputs[:6], others
 
     @property
     def layout(self):
         """Options of every operator."""
-        case = self.case
         return {
-            "alpha": case.alpha,
+            "alpha": self.alpha,
+            "mask": self.mask,
             "batch_sizes": self.batch_sizes,
             "keep": self.keep,
-            "reverse": case.reverse,
+            "reverse": self.case.reverse,
         }
 
     @property
+    def _derivative(self):
+        return {"truncate": self.case.truncate, "clip": self.case.clip}
+
+    @property
     def forward_options(self):
-        return {"activation": self.case.activation, **self.layout}
+        fixed = {"activation": self.case.activation, "noise": self.noise}
+        return {**fixed, **self.layout, "restart": self.restart}
+
+    @property
+    def layer_options(self):
+        """Options of the operator rnn."""
+        return {**self.forward_options, **self._derivative}
 
     @property
     def backward_options(self):
-        return {**self.forward_options, "truncate": self.case.truncate, "clip": self.case.clip}
+        fixed = {"activation": self.case.activation, "restart": self.restart}
+        return {**fixed, **self.layout, **self._derivative}
 
     @property
     def adjoint_options(self):
-        return {**self.layout, "truncate": self.case.truncate, "clip": self.case.clip}
+        return {**self.layout, **self._derivative}
 
     @property
     def tangent_options(self):
-        return {**self.layout, "truncate": self.case.truncate}
+        return {**self.layout, "restart": self.restart, "truncate": self.case.truncate}
 
     def to(self, dtype):
         changed = {name: getattr(self, name) for name in self.TENSORS}
         changed = {name: t if t is None else t.to(dtype) for name, t in changed.items()}
+        if self.alpha is not None:
+            changed["alpha"] = self.alpha.to(computed(dtype))
         return dataclasses.replace(self, **changed)
 
     def map(self, change):
@@ -169,6 +211,11 @@ class Problem:
         return dataclasses.replace(
             self, **{name: t if t is None else change(t) for name, t in changed.items()}
         )
+
+
+def computed(dtype):
+    """The type that the kernels compute a dtype in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def one_step(p):
@@ -194,7 +241,10 @@ def problem(case, dtype=torch.float64, seed=0):
     def gate(*shape):
         return torch.sigmoid(normal(*shape))  # in (0, 1), as slopes are
 
-    return _problem(case, normal, uniform, gate, random).to(dtype)
+    p = _problem(case, normal, uniform, gate, random)
+    if case.extra:
+        p.mask = torch.where(p.mask > 0, 1 + p.mask, 0)  # half of it zeros, as dropout has it
+    return p.to(dtype)
 
 
 def integers(case, fan=2, seed=0):
@@ -223,14 +273,17 @@ def largest_sum(p):
     """A bound on every partial sum that an operator forms, in any order: the sums of |terms|.
 
     Slopes are at most 1 and restarts, cuts and clamps only take away, so a linear network without
-    them on absolute values bounds states, gradients and the products of both.
+    them on absolute values bounds states, gradients and the products of both; and the sum over all
+    rows that is the gradient of a bias bounds what comes together at restarts.
     """
     case = p.case.but(activation="identity", keep=False, truncate=0, clip=None)
     p = dataclasses.replace(p, case=case, keep=None).map(torch.abs)
-    h, h_n, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    if case.extra:  # as if a restarted row kept its state and got the other, below 1, on top
+        p.noise = p.noise + p.weight_hh.sum(1)
+    h, h_n, f = reference.rnn_forward(*p.operands, **p.forward_options)
     grads = reference.rnn_backward(
         p.grad_h, p.grad_h_n, p.x, p.h0, h, f, p.weight_ih, p.weight_hh, **p.backward_options,
-        wanted=[True] * 5,
+        wanted=[True] * 8,
     )  # fmt: skip
     steep = torch.ones_like(p.gate)
     scans = reference.adjoint_scan(p.grad_h, steep, p.weight_hh, **p.layout)
@@ -244,6 +297,10 @@ def _problem(case, data, weight, gate, random):
     if case.packed:
         batch_sizes = torch.tensor([sum(n > t for n in lengths(case)) for t in range(case.T)])
         rows, state = (int(batch_sizes.sum()),), (case.B, case.H)
+    alpha = None
+    if case.alpha != 1:
+        alpha = torch.full((case.H,), case.alpha, dtype=torch.float64)
+        alpha[1::2] = min(1, 2 * case.alpha)
     return Problem(
         case,
         x=data(*rows, case.I),
@@ -257,4 +314,8 @@ def _problem(case, data, weight, gate, random):
         batch_sizes=batch_sizes,
         keep=torch.rand(case.T, case.B, generator=random) < 0.7 if case.keep else None,
         bias_hh=data(case.H) if case.bias else None,
+        alpha=alpha,
+        restart=data(*state) if case.extra else None,
+        mask=data(*state) if case.extra else None,
+        noise=data(*rows, case.H) if case.extra else None,
     )

@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from cases import EVERYTHING, Case, Problem, grid, one_step, problem
+from cases import EVERYTHING, Case, Problem, computed, grid, one_step, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference import loop_by_rows
@@ -26,13 +26,23 @@ TINY = Case(T=4, B=2, I=2, H=3)
 NAMES = Problem.INPUTS
 
 
-def run_layer(*inputs, batch_sizes=None, keep=None, **options):
-    return rnn_layer(*inputs, batch_sizes, keep, Options(**options))
+def run_layer(
+    *operands, batch_sizes=None, keep=None, alpha=None, restart=None, mask=None, noise=None,
+    probe=None, **options,
+):  # fmt: skip
+    links = batch_sizes, keep, Options(**options)
+    return rnn_layer(*operands, *links, alpha, restart, mask, noise, probe)
 
 
 def layer(p):
-    """The function under test with a problem's options, of the six tensors alone."""
-    return lambda *inputs: run_layer(*inputs, **p.backward_options)
+    """The function under test with a problem's options, of the tensors with a gradient alone."""
+
+    return lambda *inputs: call(p, inputs)
+
+
+def call(p, inputs, **changes):
+    operands, others = p.named(inputs)
+    return run_layer(*operands, **p.layer_options | others | changes)
 
 
 def by_loop(p):
@@ -40,7 +50,11 @@ def by_loop(p):
 
 
 def by_reference(p):
-    return lambda *inputs: reference.rnn_forward(*inputs, **p.forward_options)[:2]
+    def function(*inputs):
+        operands, others = p.named(inputs)
+        return reference.rnn_forward(*operands, **p.forward_options | others)[:2]
+
+    return function
 
 
 def leaves(p):
@@ -108,6 +122,7 @@ def test_gradgradcheck(case):
         alpha=st.sampled_from([1.0, 0.3]) | st.floats(0.05, 1.0),
         packed=st.booleans(),
         keep=st.booleans(),
+        extra=st.booleans(),
         reverse=st.booleans(),
         bias=st.booleans(),
         h0=st.booleans(),
@@ -190,13 +205,12 @@ def test_truncation_is_a_loop_of_calls_that_detaches(options, reverse):
     directions = (p.grad_h, p.grad_h_n)
     expected = torch.autograd.grad(whole, inputs, directions)
 
-    x, state, *weights = inputs
+    x, state, *others = inputs
     outputs = {}
     for start in (6, 4, 2, 0) if reverse else (0, 2, 4, 6):
         part = slice(start, start + 2)
         keep = None if p.keep is None else p.keep[part]
-        options = {**p.backward_options, "keep": keep, "truncate": 0}
-        outputs[start], state = run_layer(x[part], state, *weights, **options)
+        outputs[start], state = call(p, (x[part], state, *others), keep=keep, truncate=0)
         final, state = state, state.detach()
     output = torch.cat([outputs[start] for start in sorted(outputs)])
     got = torch.autograd.grad((output, final), inputs, directions)
@@ -211,12 +225,11 @@ def test_truncation_is_a_loop_of_calls_that_detaches(options, reverse):
 def test_state_carried_between_calls_carries_its_gradient(clip):
     p = problem(Case(T=8, B=3, keep=True, clip=clip))
     inputs = leaves(p)
-    x, h0, *weights = inputs
+    x, h0, *others = inputs
     whole = layer(p)(*inputs)
     expected = torch.autograd.grad(whole, inputs, (p.grad_h, p.grad_h_n))
-    options = p.backward_options
-    one, state = run_layer(x[:3], h0, *weights, **{**options, "keep": p.keep[:3]})
-    two, state = run_layer(x[3:], state, *weights, **{**options, "keep": p.keep[3:]})
+    one, state = call(p, (x[:3], h0, *others), keep=p.keep[:3])
+    two, state = call(p, (x[3:], state, *others), keep=p.keep[3:])
     got = torch.autograd.grad((torch.cat([one, two]), state), inputs, (p.grad_h, p.grad_h_n))
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b)
@@ -271,8 +284,8 @@ def test_forward_over_forward_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_jvp_along_one_argument(name):
-    p = problem(TINY)
-    at = NAMES.index(name)
+    p = problem(TINY.but(alpha=0.3, keep=True, extra=True))
+    at = p.names.index(name)
     tangent = p.inputs[at].flip(0)
 
     def dual_result(function):
@@ -286,21 +299,28 @@ def test_jvp_along_one_argument(name):
 
 # --- vmap -----------------------------------------------------------------------------------------
 
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 DIMS = {
-    "x": (0, None, None, None, None, None),
-    "h0": (None, 0, None, None, None, None),
-    "weights": (None, None, 0, 0, 0, 0),
-    "weight_hh": (None, None, None, 0, None, None),
-    "one_bias": (None, None, None, None, None, 0),
-    "all": (0, 0, 0, 0, 0, 0),
-    "other_dims": (1, 2, 1, -1, 1, 1),
+    "x": {"x": 0},
+    "h0": {"h0": 0},
+    "weights": dict.fromkeys(WEIGHTS, 0),
+    "weight_hh": {"weight_hh": 0},
+    "one_bias": {"bias_hh": 0},
+    "alpha": {"alpha": 0},
+    "restart": {"restart": 0},
+    "all": dict.fromkeys(NAMES, 0),
+    "other_dims": dict.fromkeys(NAMES, 1) | {"h0": 2, "weight_hh": -1},
 }
+
+
+def in_dims(p, dims):
+    return tuple(dims.get(name) for name in p.names)
 
 
 def batched(p, dims, n=3):
     """Inputs with n variants along the given dimensions, and the n calls they stand for."""
     inputs, calls = [], [[] for _ in range(n)]
-    for seed, (tensor, dim) in enumerate(zip(p.inputs, dims, strict=True)):
+    for seed, (tensor, dim) in enumerate(zip(p.inputs, in_dims(p, dims), strict=True)):
         if dim is None:
             inputs.append(tensor)
             variants = [tensor] * n
@@ -319,22 +339,43 @@ def stacked(results):
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
-VMAPPED = [TINY, TINY.but(packed=True, alpha=0.3, keep=True, reverse=True, truncate=2)]
+OPTIONS = {"packed": True, "alpha": 0.3, "keep": True, "reverse": True, "extra": True}
+VMAPPED = [
+    (dims, case)
+    for dims in DIMS
+    for case in (TINY, TINY.but(**OPTIONS, truncate=2))
+    if case.extra or dims not in ("alpha", "restart")
+]
 
 
-@pytest.mark.parametrize("case", VMAPPED, ids=str)
-@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+@pytest.mark.parametrize(("dims", "case"), VMAPPED, ids=str)
 def test_vmap(case, dims):
-    p = problem(case)
+    p, dims = problem(case), DIMS[dims]
     inputs, calls = batched(p, dims)
-    got = vmap(layer(p), in_dims=dims)(*inputs)
+    got = vmap(layer(p), in_dims=in_dims(p, dims))(*inputs)
     assert_close(got, stacked(by_reference(p)(*call) for call in calls))
 
 
-@pytest.mark.parametrize("case", VMAPPED, ids=str)
-@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_vmap_over_mask_and_noise(packed):
+    """As when each sample draws its own."""
+    p = problem(TINY.but(**OPTIONS | {"packed": packed}))
+    scale = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    each = [(p.mask * s, p.noise * s) for s in scale]
+
+    def gradients(mask, noise):
+        def loss(*inputs):
+            return sum(t.square().sum() for t in call(p, inputs, mask=mask, noise=noise))
+
+        return grad(loss, argnums=tuple(range(len(p.inputs))))(*p.inputs)
+
+    got = vmap(gradients)(*(torch.stack(part) for part in zip(*each, strict=True)))
+    assert_close(got, stacked(gradients(*one) for one in each))
+
+
+@pytest.mark.parametrize(("dims", "case"), VMAPPED, ids=str)
 def test_vmap_of_gradients(case, dims):
-    p = problem(case)
+    p, dims = problem(case), DIMS[dims]
     inputs, calls = batched(p, dims)
 
     def gradients(function):
@@ -342,9 +383,9 @@ def test_vmap_of_gradients(case, dims):
             output, h_n = function(*inputs)
             return (output * p.grad_h).sum() + (h_n * p.grad_h_n).square().sum()
 
-        return grad(loss, argnums=tuple(range(6)))
+        return grad(loss, argnums=tuple(range(len(p.inputs))))
 
-    got = vmap(gradients(layer(p)), in_dims=dims)(*inputs)
+    got = vmap(gradients(layer(p)), in_dims=in_dims(p, dims))(*inputs)
     assert_close(got, stacked(gradients(by_loop(p))(*call) for call in calls))
 
 
@@ -352,9 +393,9 @@ def test_vmap_twice():
     p = problem(TINY)
     x = torch.stack([p.x, 2 * p.x, -p.x])
     weights = torch.stack([p.weight_hh, -p.weight_hh])
-    inner = vmap(layer(p), in_dims=DIMS["x"])
+    inner = vmap(layer(p), in_dims=in_dims(p, DIMS["x"]))
     x_and_weights = x, p.h0, p.weight_ih, weights, p.bias_ih, p.bias_hh
-    got = vmap(inner, in_dims=DIMS["weight_hh"])(*x_and_weights)
+    got = vmap(inner, in_dims=in_dims(p, DIMS["weight_hh"]))(*x_and_weights)
     for i, w in enumerate(weights):
         for j, data in enumerate(x):
             expected = by_reference(p)(data, p.h0, p.weight_ih, w, p.bias_ih, p.bias_hh)
@@ -362,14 +403,14 @@ def test_vmap_twice():
 
 
 def test_vmap_of_backward_over_an_empty_f():
-    """f is empty where alpha is 1; it is mapped where forward was a call for each sample."""
+    """f is empty without alpha; it is mapped where forward was a call for each sample."""
     p = problem(TINY)
     h, _ = by_reference(p)(*p.inputs)
     grad_h = torch.stack([p.grad_h, -2 * p.grad_h])
 
     def grad_x(grad_h, f):
         operands = grad_h, None, p.x, p.h0, h, f, p.weight_ih, p.weight_hh
-        wanted = [True, False, False, False, False]
+        wanted = [True, *[False] * 7]
         return torch.ops.torch_bptt.rnn_backward(*operands, activation="tanh", wanted=wanted)[0]
 
     empty = torch.empty(2, 0, dtype=h.dtype)
@@ -393,12 +434,16 @@ def test_gradients_of_each_sample():
 
 
 @pytest.mark.parametrize(
-    "case", [TINY, TINY.but(packed=True, alpha=0.3, keep=True, reverse=True)], ids=str
+    ("name", "case"),
+    [
+        *((name, TINY) for name in Problem.OPERANDS),
+        *((name, TINY.but(**OPTIONS)) for name in NAMES),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_jacobians_and_hessian(case, name):
     p = problem(case)
-    at = NAMES.index(name)
+    at = p.names.index(name)
 
     def of_one(function):
         def value(tensor):
@@ -498,15 +543,15 @@ class Wanted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mask", range(1, 64))
-def test_only_wanted_gradients_are_computed(mask):
-    p = problem(TINY)
-    wanted = [bool(mask >> i & 1) for i in range(6)]
+@pytest.mark.parametrize("flags", range(1, 256))
+def test_only_wanted_gradients_are_computed(flags):
+    p = problem(TINY.but(alpha=0.3, keep=True, extra=True))
+    wanted = [bool(flags >> i & 1) for i in range(8)]
     inputs = [t.clone().requires_grad_(want) for t, want in zip(p.inputs, wanted, strict=True)]
     output, h_n = layer(p)(*inputs)
     with Wanted() as notes:
         torch.autograd.backward((output, h_n), (p.grad_h, p.grad_h_n))
-    assert notes.seen == [[*wanted[:4], wanted[4] or wanted[5]]]
+    assert notes.seen == [[*wanted[:4], wanted[4] or wanted[5], *wanted[6:], False]]
     inputs_of_loop = leaves(p)
     expected = torch.autograd.grad(
         by_loop(p)(*inputs_of_loop), inputs_of_loop, (p.grad_h, p.grad_h_n)
@@ -543,9 +588,63 @@ def test_gradients_have_the_dtype_of_their_tensors(dtype):
     output, h_n = layer(p)(*inputs)
     torch.autograd.backward((output, h_n), (p.grad_h, p.grad_h_n))
     assert {t.dtype for t in (output, h_n)} == {dtype}
-    for tensor in inputs:
-        assert tensor.grad.dtype == dtype
+    for name, tensor in zip(p.names, inputs, strict=True):
+        assert tensor.grad.dtype == (torch.float32 if name == "alpha" else dtype)
         assert tensor.grad.shape == tensor.shape
+
+
+# --- the probe ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(), Case(**EVERYTHING), Case(B=1), Case(B=0)], ids=str)
+def test_the_gradient_of_the_probe_is_the_norm_of_every_states(case, dtype, create_graph):
+    p = problem(case, dtype)
+    probe = torch.zeros(p.x.shape[:-1], dtype=computed(dtype), requires_grad=True)
+    inputs = leaves(p)
+    results = call(p, inputs, probe=probe)
+    assert_close(results, call(p, inputs), "the probe changes nothing")
+    (norms,) = torch.autograd.grad(
+        results, [probe], (p.grad_h, p.grad_h_n), create_graph=create_graph
+    )
+    exact = p.to(torch.float64)
+    h, _, f = (
+        t.detach().double()
+        for t in torch.ops.torch_bptt.rnn_forward(*p.operands, **p.forward_options)
+    )
+    given = exact.grad_h, exact.grad_h_n, exact.x, exact.h0, h, f, exact.weight_ih, exact.weight_hh
+    *_, expected = reference.rnn_backward(*given, **exact.backward_options, wanted=[True] * 8)
+    # Chains of fewer than 100 roundings, here in networks that do not amplify.
+    limit = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(norms.double(), expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e30])
+def test_norms_neither_overflow_nor_vanish(size, dtype):
+    """Of entries whose squares do, in float32."""
+    size = size if dtype == torch.float32 else size**8
+    p = problem(Case(T=1, activation="identity"), dtype)
+    probe = torch.zeros(1, 7, dtype=dtype, requires_grad=True)
+    output, _ = call(p, p.inputs, probe=probe)
+    (norms,) = torch.autograd.grad(output, [probe], size * p.grad_h)
+    expected = size * torch.linalg.vector_norm(p.grad_h, dim=-1)
+    torch.testing.assert_close(norms, expected, rtol=20 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("probe", "words"),
+    [
+        (torch.zeros(5, 6), r"expected \[5, 7\], got \[5, 6\]"),
+        (torch.zeros(5, 7).double(), "Double"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_probe_that_does_not_fit(probe, words):
+    p = problem(Case(), torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match=f"probe.*{words}"):
+        call(p, p.inputs, probe=probe.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

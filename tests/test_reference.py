@@ -7,7 +7,7 @@ no idea of layout with reference.py.
 
 import pytest
 import torch
-from cases import EVERYTHING, Case, grid, lengths, problem, sized
+from cases import EVERYTHING, Case, Problem, grid, lengths, problem, sized
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import reference
@@ -20,22 +20,34 @@ ACTIVATIONS = {
 }
 
 
-def loop_by_rows(p, x, h0, weight_ih, weight_hh, bias_ih, bias_hh):
+def loop_by_rows(p, *inputs):
     """(h, h_n) of the given tensors with a problem's options, by autograd operations alone."""
+    (x, h0, weight_ih, weight_hh, bias_ih, bias_hh), others = p.named(inputs)
+    alpha, restart = others["alpha"], others["restart"]
     case = p.case
     row_lengths = lengths(case) if case.packed else [case.T] * case.B
     offsets = [0, *p.batch_sizes.cumsum(0).tolist()] if case.packed else None
+
+    def of_row(state, b):
+        return state.view(-1, case.H)[b]
+
+    def of_step(rows, t, b):
+        return rows[offsets[t] + b] if case.packed else rows[t, b]
+
     states, finals = {}, []
     for b, length in enumerate(row_lengths):
-        state = torch.zeros_like(weight_hh[0]) if h0 is None else h0.view(-1, case.H)[b]
+        state = torch.zeros_like(weight_hh[0]) if h0 is None else of_row(h0, b)
         for s, t in enumerate(reversed(range(length)) if case.reverse else range(length)):
             if case.truncate and s > 0 and s % case.truncate == 0:
                 state = state.detach()
             if case.keep and not p.keep[t, b]:
-                state = torch.zeros_like(state)
-            z = weight_ih @ (x[offsets[t] + b] if case.packed else x[t, b]) + weight_hh @ state
+                state = torch.zeros_like(state) if restart is None else of_row(restart, b)
+            entering = state if p.mask is None else of_row(p.mask, b) * state
+            z = weight_ih @ of_step(x, t, b) + weight_hh @ entering
             z = z if bias_ih is None else z + bias_ih + bias_hh
-            state = (1 - case.alpha) * state + case.alpha * ACTIVATIONS[case.activation](z)
+            z = z if p.noise is None else z + of_step(p.noise, t, b)
+            leak = 1 if alpha is None else alpha
+            state = (1 - leak) * state + leak * ACTIVATIONS[case.activation](z)
             if case.clip is not None and state.requires_grad:
                 state.register_hook(lambda grad: grad.clamp(-case.clip, case.clip))
             states[t, b] = state
@@ -54,8 +66,8 @@ def assert_close(got, expected, name):
 
 
 def forward_and_gradients(p):
-    """The hand-written pair: (h, h_n) and the five gradients."""
-    h, h_n, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    """The hand-written pair: (h, h_n) and the eight results of backward."""
+    h, h_n, f = reference.rnn_forward(*p.operands, **p.forward_options)
     grads = reference.rnn_backward(
         p.grad_h,
         p.grad_h_n,
@@ -66,9 +78,16 @@ def forward_and_gradients(p):
         p.weight_ih,
         p.weight_hh,
         **p.backward_options,
-        wanted=[True] * 5,
+        wanted=[True] * 8,
     )
     return (h, h_n), grads
+
+
+def by_input(grads):
+    """name of an input -> its gradient: both biases have the same."""
+    *of_four, of_bias, of_alpha, of_restart, _norms = grads
+    given = (*of_four, of_bias, of_bias, of_alpha, of_restart)
+    return dict(zip(Problem.INPUTS, given, strict=True))
 
 
 def check_against_loop(case):
@@ -80,12 +99,9 @@ def check_against_loop(case):
         assert_close(got, want.detach(), name)
     asked = [leaf for leaf in leaves if leaf is not None]
     truth = torch.autograd.grad(expected, asked, (p.grad_h, p.grad_h_n), materialize_grads=True)
-    by_hand = (*grads, grads[-1])  # both biases have the same gradient
-    kept = [
-        (n, g) for n, g, leaf in zip(p.INPUTS, by_hand, leaves, strict=True) if leaf is not None
-    ]
-    for (name, got), want in zip(kept, truth, strict=True):
-        assert_close(got, want, name)
+    kept = [name for name, leaf in zip(p.names, leaves, strict=True) if leaf is not None]
+    for name, want in zip(kept, truth, strict=True):
+        assert_close(by_input(grads)[name], want, name)
 
 
 @pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4)), ids=str)
@@ -109,11 +125,29 @@ def test_autograd_through_the_loop(case):
     """rnn_forward itself is differentiable, so that tests can take its derivatives of any order."""
     p = problem(case)
     leaves = [t.clone().requires_grad_() for t in p.inputs]
-    h, h_n, _ = reference.rnn_forward(*leaves, **p.forward_options)
-    got = torch.autograd.grad((h, h_n), leaves, (p.grad_h, p.grad_h_n))
+    operands, others = p.named(leaves)
+    h, h_n, _ = reference.rnn_forward(*operands, **p.forward_options | others)
+    grads = (p.grad_h, p.grad_h_n)
+    got = torch.autograd.grad((h, h_n), leaves, grads, materialize_grads=True)
     _, by_hand = forward_and_gradients(p)
-    for name, a, b in zip(p.INPUTS, got, (*by_hand, by_hand[-1]), strict=True):
-        assert_close(a, b, name)
+    for name, grad in zip(p.names, got, strict=True):
+        assert_close(grad, by_input(by_hand)[name], name)
+
+
+@pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4), activation="tanh"), ids=str)
+def test_norms_are_those_of_the_gradient_of_every_state(case):
+    """That is what reaches a state from its own step and from all later ones."""
+    p = problem(case)
+    leaves = [t if t is None else t.clone().requires_grad_() for t in p.inputs]
+    found = {}
+    h, h_n = loop_by_rows(p, *leaves)
+    rows = h.grad_fn.next_functions  # the rows that torch.stack was given, in memory order
+    rows = rows if case.packed else rows[0][0].next_functions
+    for i, (row, _) in enumerate(rows):
+        row.register_prehook(lambda grads, i=i: found.__setitem__(i, grads[0].norm()))
+    torch.autograd.backward((h, h_n), (p.grad_h, p.grad_h_n))
+    _, (*_, norms) = forward_and_gradients(p)
+    assert_close(norms.flatten(), torch.stack([found[i] for i in range(norms.numel())]), "norms")
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -142,8 +176,8 @@ def test_against_nn_rnn(nonlinearity, packed, reverse):
     outputs, grads = forward_and_gradients(p)
     for name, got, want in zip(("h", "h_n"), outputs, (output, h_n), strict=True):
         assert_close(got, want.detach(), name)
-    for name, got, want in zip(p.INPUTS, (*grads, grads[-1]), truth, strict=True):
-        assert_close(got, want, name)
+    for name, want in zip(p.OPERANDS, truth, strict=True):
+        assert_close(by_input(grads)[name], want, name)
 
 
 @pytest.mark.parametrize(
@@ -153,25 +187,30 @@ def test_adjoint_and_tangent_are_transposes(case):
     """<adjoint(g), (c, q0)> = <g, tangent(c, q0)>: one number that every entry of both enters."""
     p = problem(case)
     c, q0 = p.grad_h.roll(1, -1), p.grad_h_n
-    d, d0 = reference.adjoint_scan(p.grad_h, p.gate, p.weight_hh, **p.adjoint_options)
+    d, d0, d_restart = reference.adjoint_scan(p.grad_h, p.gate, p.weight_hh, **p.adjoint_options)
     q = reference.tangent_scan(c, q0, p.gate, p.weight_hh, **p.tangent_options)
-    assert_close((d * c).sum() + (d0 * q0).sum(), (p.grad_h * q).sum(), "inner product")
+    product = (d * c).sum() + (d0 * q0).sum()
+    product += 0 if p.restart is None else (d_restart * p.restart).sum()
+    assert_close(product, (p.grad_h * q).sum(), "inner product")
 
 
 @pytest.mark.parametrize("case", grid(Case(T=5, B=3, I=2, H=4), clip=None), ids=str)
 def test_tangent_is_the_derivative(case):
     """It is forward-mode autograd's tangent of the loop, which detaches where it is truncated."""
     p = problem(case)
-    h, _, f = reference.rnn_forward(*p.inputs, **p.forward_options)
-    gate = case.alpha * reference.activations[case.activation][1](h if case.alpha == 1 else f)
+    h, _, f = reference.rnn_forward(*p.operands, **p.forward_options)
+    gate = reference.activations[case.activation][1](h if p.alpha is None else f)
+    gate = gate if p.alpha is None else p.alpha * gate
     x_dot, q0 = p.x.roll(1, -1), p.grad_h_n
+    restart = {"restart": None if p.restart is None else q0.roll(1, -1)}
     got = reference.tangent_scan(
-        gate * (x_dot @ p.weight_ih.T), q0, gate, p.weight_hh, **p.tangent_options
+        gate * (x_dot @ p.weight_ih.T), q0, gate, p.weight_hh, **p.tangent_options | restart
     )
+    moved = {"x": x_dot, "h0": q0, **({} if p.restart is None else restart)}
     _, want = torch.func.jvp(
-        lambda x, h0: loop_by_rows(p, x, h0, *p.inputs[2:])[0],
-        (p.x, p.h0),
-        (x_dot, q0),
+        lambda moved: loop_by_rows(p, *(moved.get(n, getattr(p, n)) for n in p.names))[0],
+        ({name: getattr(p, name) for name in moved},),
+        (moved,),
     )
     assert_close(got, want, "tangent")
 
@@ -179,11 +218,11 @@ def test_tangent_is_the_derivative(case):
 @pytest.mark.parametrize("case", [Case(), Case(**EVERYTHING)], ids=str)
 def test_unwanted_gradients_are_empty(case):
     p = problem(case)
-    h, _, f = reference.rnn_forward(*p.inputs, **p.forward_options)
+    h, _, f = reference.rnn_forward(*p.operands, **p.forward_options)
     arguments = (p.grad_h, p.grad_h_n, p.x, p.h0, h, f, p.weight_ih, p.weight_hh)
     _, everything = forward_and_gradients(p)
-    for mask in range(32):
-        wanted = [bool(mask >> i & 1) for i in range(5)]
+    for flags in range(256):
+        wanted = [bool(flags >> i & 1) for i in range(8)]
         got = reference.rnn_backward(*arguments, **p.backward_options, wanted=wanted)
         for want, part, whole in zip(wanted, got, everything, strict=True):
             assert torch.equal(part, whole) if want else part.shape == (0,)
@@ -193,8 +232,9 @@ def test_unwanted_gradients_are_empty(case):
 def test_every_dtype(dtype):
     """It stays in the dtype it is given."""
     for case in sized(**EVERYTHING):
-        outputs, grads = forward_and_gradients(problem(case, dtype))
-        assert {t.dtype for t in (*outputs, *grads)} == {dtype}
+        outputs, (*grads, of_alpha, of_restart, norms) = forward_and_gradients(problem(case, dtype))
+        assert {t.dtype for t in (*outputs, *grads, of_restart, norms)} == {dtype}
+        assert of_alpha.dtype == torch.float32
 
 
 def test_no_steps():
@@ -215,7 +255,8 @@ def test_forgetting_forgets_what_is_not_finite():
     """A row that restarts leaves nothing of its state behind, and a = 1 takes no 0 * inf of it."""
     h0 = torch.tensor([[[torch.inf, torch.nan]]])
     one = torch.ones(1, 1, 2)
-    restart = {"activation": "tanh", "alpha": 0.5, "keep": torch.tensor([[False]])}
+    restart = {"activation": "tanh", "alpha": torch.tensor([0.5, 0.5])}
+    restart["keep"] = torch.tensor([[False]])
     h, _, _ = reference.rnn_forward(one, h0, torch.eye(2), torch.eye(2), None, None, **restart)
     assert torch.equal(h, 0.5 * torch.tanh(one))
     one = torch.ones(1, 1, 1)

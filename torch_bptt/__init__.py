@@ -3,6 +3,7 @@
 from torch_bptt import functional, reference
 from torch_bptt.convert import convert
 from torch_bptt.rnn import RNN, RNNCell
+from torch_bptt.tbptt import tbptt
 
 __version__ = "0.1.0"
-__all__ = ["RNN", "RNNCell", "__version__", "convert", "functional", "reference"]
+__all__ = ["RNN", "RNNCell", "__version__", "convert", "functional", "reference", "tbptt"]

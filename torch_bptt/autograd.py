@@ -1,8 +1,8 @@
 """Derivatives of the Elman layer of every order, from three recurrences (``csrc/README.md``).
 
-    forward   h_t = (1 - a) p_t + a f(u_t + p_t W^T)                    p_t: the state arriving at t
-    adjoint   d_t = g_t + (1 - a) d_{t+1} + (G_{t+1} d_{t+1}) W         G_t = a f'(z_t)
-    tangent   q_t = c_t + (1 - a) q_{t-1} + G_t (q_{t-1} W^T)
+    forward   h_t = (1 - a) p_t + a f(u_t + (m p_t) W^T)            p_t: the state arriving at t
+    adjoint   d_t = g_t + (1 - a) d_{t+1} + m ((G_{t+1} d_{t+1}) W)  G_t = a f'(z_t)
+    tangent   q_t = c_t + (1 - a) q_{t-1} + G_t ((m q_{t-1}) W^T)
 
 Backward of forward is an adjoint, its jvp a tangent; backward of adjoint is a tangent, backward of
 tangent an adjoint. What stands between them (gates, sums over rows) are ordinary tensor operations,
@@ -27,14 +27,12 @@ class Options(NamedTuple):
     """What is no tensor about a layer; one argument of its Function, as each costs 0.1 us there.
 
     activation: a key of ``reference.activations``.
-    alpha: share of the new value in the state, in (0, 1].
     reverse: from the last step of each row to its first.
     truncate: cut the gradient after every so many steps; 0 never.
     clip: clamp dL/dh_t to [-clip, clip] at every step; first derivatives only.
     """
 
     activation: str
-    alpha: float = 1.0
     reverse: bool = False
     truncate: int = 0
     clip: float | None = None
@@ -50,10 +48,15 @@ def rnn_layer(
     batch_sizes: Tensor | None,
     keep: Tensor | None,
     options: Options,
+    alpha: Tensor | None = None,
+    restart: Tensor | None = None,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer in one direction over a whole sequence.
 
-        h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
+        h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + b_ih + noise_t + (mask p_t) W_hh^T + b_hh)
 
     Arguments:
         x: input (T, B, I), packed (N, I) with ``batch_sizes``, or a single step (B, I); float32,
@@ -63,7 +66,16 @@ def rnn_layer(
         weight_ih, weight_hh: (H, I) and (H, H), dtype and device of x.
         bias_ih, bias_hh: (H) each, dtype and device of x, or None.
         batch_sizes: rows alive at each step (T), int64 on the CPU, never increasing.
-        keep: bool (T, B), False where the state arriving at a step counts as zero.
+        keep: bool (T, B), False where a row restarts: the state of the step before, or h0, does not
+            arrive.
+        alpha: (H), the share of the new value in the state of each unit, in (0, 1]; float32, or
+            float64 for such an x. None means 1.
+        restart: a state as h0, which arrives where a row restarts; None means zeros.
+        mask: as h0, factors of the arriving state in the recurrent product; None means ones. It has
+            no gradient.
+        noise: as output, added to what f is applied to; None means zeros. It has no gradient.
+        probe: as x without its features, dtype of alpha. It changes nothing; as its gradient it
+            gets the norm of dL/dh_t of every row.
 
     Returns:
         output, every h_t, as x with H features; h_n, the state after each row's last step, shaped
@@ -78,10 +90,15 @@ def rnn_layer(
     """
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
     if _transformed():
-        h, h_n, _ = RNNForward.apply(*tensors, batch_sizes, keep, options)
+        h, h_n, _ = RNNForward.apply(
+            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
+        )
         return h, h_n
-    activation, alpha, reverse, truncate, clip = options
-    return ops.rnn.default(*tensors, activation, batch_sizes, keep, alpha, reverse, truncate, clip)
+    activation, reverse, truncate, clip = options
+    return ops.rnn.default(
+        *tensors, activation, batch_sizes, keep, alpha, restart, mask, noise, probe, reverse,
+        truncate, clip,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +111,27 @@ class Links:
 
     batch_sizes: Tensor | None
     keep: Tensor | None
+    mask: Tensor | None
     reverse: bool
     truncate: int
 
     @classmethod
-    def of(cls, x: Tensor, batch_sizes: Tensor | None, keep: Tensor | None, options: Options):
+    def of(
+        cls,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        options: Options,
+    ):
         if batch_sizes is None and x.dim() == 2:  # a single step, which is packed rows as well
             batch_sizes = torch.tensor([len(x)] if len(x) else [], dtype=torch.int64)
-        return cls(batch_sizes, keep, options.reverse, options.truncate)
+        return cls(batch_sizes, keep, mask, options.reverse, options.truncate)
 
-    def scan_options(self, alpha: float) -> tuple:
-        return self.batch_sizes, self.keep, alpha, self.reverse, self.truncate
-
-    def arriving(self, h: Tensor, h0: Tensor | None, *, truncated: bool) -> Tensor:
-        """p_t: the state of the step before, h0 at a row's first step, zero where not kept."""
+    def arriving(
+        self, h: Tensor, h0: Tensor | None, restart: Tensor | None, *, truncated: bool
+    ) -> Tensor:
+        """p_t: the state of the step before, h0 at a row's first step, restart where not kept."""
         if self.batch_sizes is None:
             first = h.new_zeros((1, *h.shape[1:])) if h0 is None else h0
             order = (h[1:], first) if self.reverse else (first, h[:-1])
@@ -115,24 +139,38 @@ class Links:
         else:
             first = h.new_zeros((self._batch, h.shape[-1])) if h0 is None else h0
             p = torch.cat((h, first)).index_select(0, self._before.to(h.device))
-        if not self.truncate or truncated:
-            return self._masked(p, truncated)
-        # The state itself crosses a truncated link, as a value without a gradient.
-        linked = dataclasses.replace(self, keep=None)._mask(p, truncated=True)
-        return self._masked(torch.where(linked[..., None], p, p.detach()), truncated)
+        linked = self._linked(p)
+        if linked is not None:
+            # The state itself crosses a truncated link, as a value without a gradient.
+            p = torch.where(linked[..., None], p, 0 if truncated else p.detach())
+        kept = self._kept(p)
+        if kept is None:
+            return p
+        return torch.where(kept[..., None], p, 0 if restart is None else self._rows_of(restart))
 
-    def leaving(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The transpose of ``arriving``: what each step, and h0, gets back from the next."""
-        v = self._masked(v, truncated=True)
+    def entering(self, p: Tensor) -> Tensor:
+        """m p_t: what is multiplied by W_hh."""
+        return p if self.mask is None else self._rows_of(self.mask) * p
+
+    def leaving(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The transpose of ``arriving``: what each step, h0, and restart get back."""
+        kept, linked = self._kept(v), self._linked(v)
+        if kept is None:
+            v_restart = self._sum_of_rows(torch.zeros_like(v))
+        else:
+            v_restart = self._sum_of_rows(torch.where(kept[..., None], 0, v))
+            v = torch.where(kept[..., None], v, 0)
+        if linked is not None:
+            v = torch.where(linked[..., None], v, 0)
         zero = torch.zeros_like(v[:1])
         if self.batch_sizes is None:
             if self.reverse:
-                return torch.cat((zero, v[:-1])), v[-1:]
-            return torch.cat((v[1:], zero)), v[:1]
+                return torch.cat((zero, v[:-1])), v[-1:], v_restart
+            return torch.cat((v[1:], zero)), v[:1], v_restart
         rows, before = len(v), self._before
         after = torch.full((rows + self._batch,), rows).index_copy(0, before, torch.arange(rows))
         moved = torch.cat((v, zero)).index_select(0, after.to(v.device))
-        return moved[:rows], moved[rows:]
+        return moved[:rows], moved[rows:], v_restart
 
     def final(self, h: Tensor) -> Tensor:
         """h_n: the state after each row's last step."""
@@ -146,6 +184,19 @@ class Links:
             last = torch.tensor([0 if self.reverse else g.shape[0] - 1], device=g.device)
             return g.index_add(0, last, grad_h_n)
         return g.index_add(0, self._final.to(g.device), grad_h_n)
+
+    def _rows_of(self, state: Tensor) -> Tensor:
+        """A state as rows: the same at every step."""
+        if self.batch_sizes is None:
+            return state
+        return state.index_select(0, self._columns.to(state.device))
+
+    def _sum_of_rows(self, v: Tensor) -> Tensor:
+        """The transpose of ``_rows_of``."""
+        if self.batch_sizes is None:
+            return v.sum(0, keepdim=True)
+        zeros = v.new_zeros((self._batch, v.shape[-1]))
+        return zeros.index_add(0, self._columns.to(v.device), v)
 
     # Packed rows: how many in the batch; of each its step, its column, where its state comes from.
 
@@ -184,26 +235,23 @@ class Links:
         columns = torch.arange(self._batch)
         return columns if self.reverse else self._offsets[self._lengths - 1] + columns
 
-    def _masked(self, p: Tensor, truncated: bool) -> Tensor:
-        mask = self._mask(p, truncated)
-        return p if mask is None else torch.where(mask.to(p.device)[..., None], p, 0)
+    def _kept(self, p: Tensor) -> Tensor | None:
+        """False where a row restarts; None if none does."""
+        if self.keep is None or self.batch_sizes is None:
+            return self.keep
+        steps, columns = self._steps, self._columns
+        return self.keep[steps.to(p.device), columns.to(p.device)]
 
-    def _mask(self, p: Tensor, truncated: bool) -> Tensor | None:
-        mask = self.keep
-        if mask is not None and self.batch_sizes is not None:
-            mask = mask[self._steps.to(mask.device), self._columns.to(mask.device)]
-        if truncated and self.truncate:
-            if self.batch_sizes is None:
-                own = torch.arange(p.shape[0])[:, None]
-                own = p.shape[0] - 1 - own if self.reverse else own
-            else:
-                own = (
-                    self._lengths[self._columns] - 1 - self._steps if self.reverse else self._steps
-                )
-            linked = (own == 0) | (own % self.truncate != 0)
-            linked = linked.to(p.device)
-            mask = linked if mask is None else mask & linked
-        return mask
+    def _linked(self, p: Tensor) -> Tensor | None:
+        """False where truncation cuts the gradient; None if nowhere."""
+        if not self.truncate:
+            return None
+        if self.batch_sizes is None:
+            own = torch.arange(p.shape[0])[:, None]
+            own = p.shape[0] - 1 - own if self.reverse else own
+        else:
+            own = self._lengths[self._columns] - 1 - self._steps if self.reverse else self._steps
+        return ((own == 0) | (own % self.truncate != 0)).to(p.device)
 
 
 def _refuse_nested_forward_mode() -> None:
@@ -239,16 +287,22 @@ def _in_own_dtype(tensor: Tensor):
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _gate(options: Options, h: Tensor, f: Tensor, p: Tensor) -> Tensor:
-    """G_t = a f'(z_t) as a differentiable function of h and p."""
-    y, alpha = h, options.alpha
-    if alpha != 1:
-        # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would
-        # lose bits, and the sign of a relu with them) and its derivative from the recurrence.
-        derived = (h - (1 - alpha) * p) / alpha
-        y = f + (derived - derived.detach())
+def _sum(rows: Tensor, like: Tensor) -> Tensor:
+    """Sum over all rows."""
+    return rows.flatten(0, -2).sum(0).to(like.dtype)
+
+
+def _gate(options: Options, alpha: Tensor | None, h: Tensor, f: Tensor, p: Tensor):
+    """G_t = a f'(z_t), and f(z_t), as differentiable functions of h, p and alpha."""
     _, slope = activations[options.activation]
-    return slope(y) if alpha == 1 else alpha * slope(y)
+    if alpha is None:
+        return slope(h), h
+    # f(z_t) has its value from the buffer that forward kept (dividing by a small alpha would lose
+    # bits, and the sign of a relu with them) and its derivative from the recurrence.
+    alpha = alpha.to(h.dtype)
+    derived = (h - (1 - alpha) * p) / alpha
+    y = f + (derived - derived.detach())
+    return alpha * slope(y), y
 
 
 class RNNForward(Function):
@@ -258,22 +312,39 @@ class RNNForward(Function):
 
     @staticmethod
     def forward(
-        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe, batch_sizes, keep,
+        mask, noise, options,
     ):  # fmt: skip
         h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
-            options.alpha, options.reverse,
+            alpha, restart, mask, noise, options.reverse,
         )  # fmt: skip
-        return h, h_n, f if options.alpha != 1 else None
+        return h, h_n, None if alpha is None else f
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h0, weight_ih, weight_hh, _, _, batch_sizes, keep, ctx.options = inputs
+        (
+            x,
+            h0,
+            weight_ih,
+            weight_hh,
+            _,
+            _,
+            alpha,
+            restart,
+            _,
+            batch_sizes,
+            keep,
+            mask,
+            _,
+            options,
+        ) = inputs
         h, _, f = output
+        ctx.options = options
         ctx.set_materialize_grads(False)
         if f is not None:
             ctx.mark_non_differentiable(f)
-        saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f
+        saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f
         ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*saved)
@@ -281,89 +352,107 @@ class RNNForward(Function):
     @staticmethod
     def backward(ctx, grad_h, grad_h_n, _):
         if grad_h is None and grad_h_n is None:
-            return (None,) * 9
-        wanted = ctx.needs_input_grad[:6]
+            return (None,) * 14
+        wanted = ctx.needs_input_grad[:9]
         backward = _fused_backward
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             backward = backward_with_graph
         grads = backward(grad_h, grad_h_n, *ctx.saved_tensors, ctx.options, wanted)
-        return *grads, None, None, None
+        return *grads, *(None,) * 5
 
     @staticmethod
-    def jvp(ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, *_):
-        x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f = ctx.saved_tensors
-        alpha = ctx.options.alpha
-        links = Links.of(x, batch_sizes, keep, ctx.options)
+    def jvp(
+        ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, alpha_dot,
+        restart_dot, *_,
+    ):  # fmt: skip
+        x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f = (
+            ctx.saved_tensors
+        )
+        links = Links.of(x, batch_sizes, keep, mask, ctx.options)
         with _in_own_dtype(x):
-            p = links.arriving(h, h0, truncated=False)
-            gate = _gate(ctx.options, h, f, p)
+            p = links.arriving(h, h0, restart, truncated=False)
+            gate, y = _gate(ctx.options, alpha, h, f, p)
             u_dot = torch.zeros_like(h)
             if x_dot is not None:
                 u_dot = u_dot + x_dot @ weight_ih.mT
             if weight_ih_dot is not None:
                 u_dot = u_dot + x @ weight_ih_dot.mT
             if weight_hh_dot is not None:
-                u_dot = u_dot + p @ weight_hh_dot.mT
+                u_dot = u_dot + links.entering(p) @ weight_hh_dot.mT
             if bias_ih_dot is not None:
                 u_dot = u_dot + bias_ih_dot
             if bias_hh_dot is not None:
                 u_dot = u_dot + bias_hh_dot
-            q = TangentScan.apply(gate * u_dot, h0_dot, gate, weight_hh, *links.scan_options(alpha))
+            c = gate * u_dot
+            if alpha_dot is not None:
+                c = c + alpha_dot.to(h.dtype) * (y - p)
+            q = tangent_scan(c, h0_dot, gate, weight_hh, alpha, restart_dot, links)
             return q, links.final(q), None
 
 
 def _fused_backward(
-    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted,
-    run=None,
+    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f,
+    options, wanted, run=None,
 ):  # fmt: skip
-    """The gradients of x, h0, weights and biases, None where not wanted, by one operator."""
-    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh = wanted
-    grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias = (run or RNNBackward.forward)(
-        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options,
-        [of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh],
+    """The gradients of x, h0, ... of which wanted has flags, None where not, by one operator.
+
+    They are those of RNNForward's first nine arguments.
+    """
+    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *others = wanted
+    flags = of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh, *others
+    grads = (run or RNNBackward.forward)(
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
+        mask, options, list(flags),
     )  # fmt: skip
-    return (
-        grad_x if of_x else None,
-        grad_h0 if of_h0 else None,
-        grad_weight_ih if of_weight_ih else None,
-        grad_weight_hh if of_weight_hh else None,
-        grad_bias if of_bias_ih else None,
-        grad_bias if of_bias_hh else None,
-    )
+    grads = (*grads[:5], *grads[4:])  # one for both biases
+    return tuple(grad if flag else None for grad, flag in zip(grads, wanted, strict=True))
 
 
 def backward_with_graph(
-    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted
+    grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f,
+    options, wanted,
 ):  # fmt: skip
     """As ``_fused_backward``, but differentiable: an adjoint scan between tensor operations.
 
     Called from ``csrc/autograd.cpp`` too, with options as a plain tuple.
     """
     options = Options(*options)
-    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh = wanted
     if options.clip is not None:
         return _fused_backward(
-            grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, h, f, options, wanted,
-            RNNBackward.apply,
+            grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask,
+            h, f, options, wanted, RNNBackward.apply,
         )  # fmt: skip
-    links = Links.of(x, batch_sizes, keep, options)
+    (
+        of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, of_alpha, of_restart,
+        of_probe,
+    ) = wanted  # fmt: skip
+    links = Links.of(x, batch_sizes, keep, mask, options)
     with _in_own_dtype(x):
         g = torch.zeros_like(h) if grad_h is None else grad_h
         if grad_h_n is not None:
             g = links.add_final(g, grad_h_n)
-        p = links.arriving(h, h0, truncated=False)
-        gate = _gate(options, h, f, p)
-        d, d0 = AdjointScan.apply(g, gate, weight_hh, *links.scan_options(options.alpha))
+        p = links.arriving(h, h0, restart, truncated=False)
+        gate, y = _gate(options, alpha, h, f, p)
+        d, d0, d_restart = adjoint_scan(g, gate, weight_hh, alpha, links)
         du = gate * d
         grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
         return (
             du @ weight_ih if of_x else None,
             d0 if of_h0 else None,
             _outer(du, x) if of_weight_ih else None,
-            _outer(du, p) if of_weight_hh else None,
+            _outer(du, links.entering(p)) if of_weight_hh else None,
             grad_bias if of_bias_ih else None,
             grad_bias if of_bias_hh else None,
+            _sum(d * (y - p), alpha) if of_alpha else None,
+            d_restart if of_restart else None,
+            _norms(d) if of_probe else None,
         )
+
+
+def _norms(d: Tensor) -> Tensor:
+    """|d_t| of every row, a number to look at and not to differentiate."""
+    wide = d.detach() if d.dtype == torch.float64 else d.detach().float()
+    return torch.linalg.vector_norm(wide, dim=-1)
 
 
 class RNNBackward(Function):
@@ -373,11 +462,13 @@ class RNNBackward(Function):
 
     @staticmethod
     def forward(
-        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, options, wanted
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
+        mask, options, wanted,
     ):  # fmt: skip
         return ops.rnn_backward.default(
             grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation, wanted,
-            batch_sizes, keep, options.alpha, options.reverse, options.truncate, options.clip,
+            batch_sizes, keep, alpha, restart, mask, options.reverse, options.truncate,
+            options.clip,
         )  # fmt: skip
 
     @staticmethod
@@ -397,93 +488,136 @@ class RNNBackward(Function):
 
 
 class AdjointScan(Function):
-    """g, gate, weight_hh -> d, d0: linear in g, down in processing order."""
+    """g, gate, weight_hh, alpha -> d, d0, d_restart: linear in g, down in processing order."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.adjoint_scan(g, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
+    def forward(g, gate, weight_hh, alpha, batch_sizes, keep, mask, reverse, truncate):
+        return ops.adjoint_scan(
+            g, gate, weight_hh, batch_sizes, keep, alpha, mask, reverse, truncate
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, gate, weight_hh, batch_sizes, keep, ctx.alpha, ctx.reverse, ctx.truncate = inputs
-        saved = gate, weight_hh, batch_sizes, keep, output[0]
+        _, gate, weight_hh, alpha, batch_sizes, keep, mask, ctx.reverse, ctx.truncate = inputs
+        saved = gate, weight_hh, alpha, batch_sizes, keep, mask, output[0]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx, grad_d, grad_d0):
-        gate, weight_hh, batch_sizes, keep, d = ctx.saved_tensors
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+    def backward(ctx, grad_d, grad_d0, grad_restart):
+        gate, weight_hh, alpha, batch_sizes, keep, mask, d = ctx.saved_tensors
+        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(d):
-            q = TangentScan.apply(grad_d, grad_d0, gate, weight_hh, *links.scan_options(ctx.alpha))
-            arriving = links.arriving(q, grad_d0, truncated=True)
+            q = tangent_scan(grad_d, grad_d0, gate, weight_hh, alpha, grad_restart, links)
+            arriving = links.arriving(q, grad_d0, grad_restart, truncated=True)
             return (
                 q,
-                d * (arriving @ weight_hh.mT) if ctx.needs_input_grad[1] else None,
-                _outer(gate * d, arriving) if ctx.needs_input_grad[2] else None,
+                *_of_linear_loop(
+                    ctx.needs_input_grad[1:4], gate, weight_hh, alpha, d, arriving, links
+                ),
                 *(None,) * 5,
             )
 
     @staticmethod
-    def jvp(ctx, g_dot, gate_dot, weight_hh_dot, *_):
-        gate, weight_hh, batch_sizes, keep, d = ctx.saved_tensors
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+    def jvp(ctx, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
+        gate, weight_hh, alpha, batch_sizes, keep, mask, d = ctx.saved_tensors
+        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(d):
             moved = torch.zeros_like(d)
             if gate_dot is not None:
                 moved = moved + (gate_dot * d) @ weight_hh
             if weight_hh_dot is not None:
                 moved = moved + (gate * d) @ weight_hh_dot
-            moved, moved0 = links.leaving(moved)
+            moved = links.entering(moved)
+            if alpha_dot is not None:
+                moved = moved - alpha_dot.to(d.dtype) * d
+            moved, moved0, moved_restart = links.leaving(moved)
             g_dot = moved if g_dot is None else g_dot + moved
-            d_dot, d0_dot = AdjointScan.apply(
-                g_dot, gate, weight_hh, *links.scan_options(ctx.alpha)
-            )
-            return d_dot, d0_dot + moved0
+            d_dot, d0_dot, restart_dot = adjoint_scan(g_dot, gate, weight_hh, alpha, links)
+            return d_dot, d0_dot + moved0, restart_dot + moved_restart
 
 
 class TangentScan(Function):
-    """c, q0, gate, weight_hh -> q: linear in c and q0, up in processing order."""
+    """c, q0, gate, weight_hh, alpha, restart -> q: linear in c, q0, restart; upward."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate):
-        return ops.tangent_scan(c, q0, gate, weight_hh, batch_sizes, keep, alpha, reverse, truncate)
+    def forward(c, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, reverse, truncate):
+        return ops.tangent_scan(
+            c, q0, gate, weight_hh, batch_sizes, keep, alpha, restart, mask, reverse, truncate
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, q0, gate, weight_hh, batch_sizes, keep, ctx.alpha, ctx.reverse, ctx.truncate = inputs
-        saved = q0, gate, weight_hh, batch_sizes, keep, output
+        (
+            _, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, ctx.reverse,
+            ctx.truncate,
+        ) = inputs  # fmt: skip
+        saved = q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, output
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, grad_q):
-        q0, gate, weight_hh, batch_sizes, keep, q = ctx.saved_tensors
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = ctx.saved_tensors
+        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
+        of_q0, of_restart = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
         with _in_own_dtype(q):
-            d, d0 = AdjointScan.apply(grad_q, gate, weight_hh, *links.scan_options(ctx.alpha))
-            arriving = links.arriving(q, q0, truncated=True)
+            d, d0, d_restart = adjoint_scan(grad_q, gate, weight_hh, alpha, links)
+            arriving = links.arriving(q, q0, restart, truncated=True)
             return (
                 d,
-                d0 if ctx.needs_input_grad[1] else None,
-                d * (arriving @ weight_hh.mT) if ctx.needs_input_grad[2] else None,
-                _outer(gate * d, arriving) if ctx.needs_input_grad[3] else None,
+                d0 if of_q0 else None,
+                *_of_linear_loop(
+                    ctx.needs_input_grad[2:5], gate, weight_hh, alpha, d, arriving, links
+                ),
+                d_restart if of_restart else None,
                 *(None,) * 5,
             )
 
     @staticmethod
-    def jvp(ctx, c_dot, q0_dot, gate_dot, weight_hh_dot, *_):
-        q0, gate, weight_hh, batch_sizes, keep, q = ctx.saved_tensors
-        links = Links(batch_sizes, keep, ctx.reverse, ctx.truncate)
+    def jvp(ctx, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
+        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = ctx.saved_tensors
+        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(q):
-            arriving = links.arriving(q, q0, truncated=True)
+            arriving = links.arriving(q, q0, restart, truncated=True)
+            entering = links.entering(arriving)
             c_dot = torch.zeros_like(q) if c_dot is None else c_dot
             if gate_dot is not None:
-                c_dot = c_dot + gate_dot * (arriving @ weight_hh.mT)
+                c_dot = c_dot + gate_dot * (entering @ weight_hh.mT)
             if weight_hh_dot is not None:
-                c_dot = c_dot + gate * (arriving @ weight_hh_dot.mT)
-            return TangentScan.apply(c_dot, q0_dot, gate, weight_hh, *links.scan_options(ctx.alpha))
+                c_dot = c_dot + gate * (entering @ weight_hh_dot.mT)
+            if alpha_dot is not None:
+                c_dot = c_dot - alpha_dot.to(q.dtype) * arriving
+            return tangent_scan(c_dot, q0_dot, gate, weight_hh, alpha, restart_dot, links)
+
+
+def _of_linear_loop(wanted, gate, weight_hh, alpha, d, q, links):
+    """The gradients of gate, weight_hh and alpha, the same for both scans.
+
+    d is the adjoint and q what arrives of the tangent: one is the input, the other its cotangent.
+    """
+    of_gate, of_weight, of_alpha = wanted
+    entering = links.entering(q)
+    return (
+        d * (entering @ weight_hh.mT) if of_gate else None,
+        _outer(gate * d, entering) if of_weight else None,
+        -_sum(d * q, alpha) if of_alpha else None,
+    )
+
+
+def adjoint_scan(g, gate, weight_hh, alpha, links):
+    return AdjointScan.apply(
+        g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask, links.reverse,
+        links.truncate,
+    )  # fmt: skip
+
+
+def tangent_scan(c, q0, gate, weight_hh, alpha, restart, links):
+    return TangentScan.apply(
+        c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep, links.mask,
+        links.reverse, links.truncate,
+    )  # fmt: skip

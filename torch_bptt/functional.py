@@ -94,12 +94,12 @@ def rnn(
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
         hx = hx.unsqueeze(0)
     layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
-    options = [Options(nonlinearity, alpha, reverse, truncate or 0, clip_grad_h)]
-    output, h_n = run(input, hx, layers, options, batch_first, 0.0, lengths, reset)
+    options = [Options(nonlinearity, reverse, truncate or 0, clip_grad_h)]
+    output, h_n = run(input, hx, layers, options, batch_first, 0.0, lengths, reset, alpha)
     return output, h_n.squeeze(0)
 
 
-def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
+def run(input, hx, layers, options, batch_first, dropout, lengths, reset, alpha):
     """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
 
     Arguments:
@@ -113,7 +113,7 @@ def run(input, hx, layers, options, batch_first, dropout, lengths, reset):
     Returns:
         output, with D * H features, and h_n, shaped as hx.
     """
-    stack = functools.partial(_stack, layers, options, dropout)
+    stack = functools.partial(_stack, layers, options, dropout, alpha)
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
         return _run_packed(stack, input, hx, reset)
@@ -182,7 +182,7 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
     return output, hx.index_copy(1, order, h_n)
 
 
-def _stack(layers, options, dropout, x, hx, batch_sizes, reset):
+def _stack(layers, options, dropout, alpha, x, hx, batch_sizes, reset):
     """All layers over time-major rows; reset, (T, B), is False where a row does not exist."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
@@ -192,7 +192,7 @@ def _stack(layers, options, dropout, x, hx, batch_sizes, reset):
         for direction, own in enumerate(options):
             index = first + direction
             output, last = layer(
-                x, states[index], *layers[index], batch_sizes, keep[direction], own
+                x, states[index], *layers[index], batch_sizes, keep[direction], own, alpha
             )
             outputs.append(output)
             h_n.append(last)
@@ -220,14 +220,21 @@ def _join(states, packed):
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
+def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha=1.0):
     """One layer in one direction over time-major rows: what rnn_layer does not do."""
     if torch._C._is_any_autocast_enabled():
         tensors = _autocast((x, h0, weight_ih, weight_hh, bias_ih, bias_hh))
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
-    return run_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options)
+    alpha = None if alpha == 1 else x.new_full((len(weight_hh),), alpha, dtype=_computed(x))
+    return run_layer(
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha
+    )
+
+
+def _computed(x):
+    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _autocast(tensors):
@@ -252,8 +259,10 @@ def _warn_of_complex():
     )
 
 
-def _complex_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options):
-    activation, alpha, reverse, truncate, clip = options
+def _complex_layer(
+    x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha
+):
+    activation, reverse, truncate, clip = options
     if truncate or clip is not None:
         option = "truncate" if truncate else "clip_grad_h"
         raise NotImplementedError(
@@ -262,7 +271,7 @@ def _complex_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, k
     _warn_of_complex()
     weights = weight_ih, weight_hh, bias_ih, bias_hh
     output, h_n, _ = reference.rnn_forward(
-        x, h0, *weights, activation, batch_sizes, keep, alpha, reverse
+        x, h0, *weights, activation, batch_sizes, keep, alpha, reverse=reverse
     )
     return output, h_n
 

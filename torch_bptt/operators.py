@@ -26,6 +26,11 @@ def _state_shape(
     return (batch, hidden) if data.dim() == 2 else (1, batch, hidden)
 
 
+def _computed(x: Tensor) -> torch.dtype:
+    """The type that x is computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("torch_bptt::rnn_forward")
 def _(
     x,
@@ -37,13 +42,13 @@ def _(
     activation,
     batch_sizes=None,
     keep=None,
-    alpha=1.0,
+    alpha=None,
     *options,
 ):
     hidden = weight_hh.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
     h_n = x.new_empty(_state_shape(x, batch_sizes, hidden, h0))
-    return h, h_n, x.new_empty((0,)) if alpha == 1 else torch.empty_like(h)
+    return h, h_n, x.new_empty((0,)) if alpha is None else torch.empty_like(h)
 
 
 @torch.library.register_fake("torch_bptt::rnn_backward")
@@ -62,7 +67,7 @@ def _(
     *options,
 ):
     hidden = weight_hh.shape[0]
-    state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] else ()
+    state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] or wanted[6] else ()
     grad_x = torch.empty_like(x)
     if x.shape[-1] > 1 and grad_x.stride(-1) != 1:
         grad_x = x.new_empty(x.shape)
@@ -72,13 +77,17 @@ def _(
         x.new_empty(weight_ih.shape),
         x.new_empty(weight_hh.shape),
         x.new_empty((hidden,)),
+        x.new_empty((hidden,), dtype=_computed(x)),
+        x.new_empty(state),
+        x.new_empty(x.shape[:-1], dtype=_computed(x)),
     )
-    return tuple(o if w else x.new_empty((0,)) for o, w in zip(outputs, wanted, strict=True))
+    return tuple(o if w else o.new_empty((0,)) for o, w in zip(outputs, wanted, strict=True))
 
 
 @torch.library.register_fake("torch_bptt::adjoint_scan")
 def _(g, gate, weight_hh, batch_sizes=None, *options):
-    return g.new_empty(g.shape), g.new_empty(_state_shape(g, batch_sizes, g.shape[-1]))
+    state = _state_shape(g, batch_sizes, g.shape[-1])
+    return g.new_empty(g.shape), g.new_empty(state), g.new_empty(state)
 
 
 @torch.library.register_fake("torch_bptt::tangent_scan")
@@ -133,7 +142,7 @@ def _register(name: str, rows: set[str], may_fold) -> None:
             for a in rows & args.keys():
                 tensor, dim = args[a], dims[a]
                 if tensor is not None and tensor.dim() - (dim is not None) == 1:
-                    args[a] = tensor.new_empty((0,))  # f, empty where alpha is 1
+                    args[a] = tensor.new_empty((0,))  # f, empty without alpha
                 else:
                     args[a] = _fold(tensor, dim, size, -2)
             args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
@@ -155,11 +164,17 @@ def _register(name: str, rows: set[str], may_fold) -> None:
     torch.library.register_vmap(f"torch_bptt::{name}", rule)
 
 
-_register("rnn_forward", {"x", "h0"}, lambda args: True)
+def _are_rows(wanted: list[bool]) -> bool:
+    """Whether only such gradients are wanted of rnn_backward as have rows of features."""
+    _x, _h0, weight_ih, weight_hh, bias, alpha, _restart, norms = wanted
+    return not (weight_ih or weight_hh or bias or alpha or norms)
+
+
+_register("rnn_forward", {"x", "h0", "restart", "mask", "noise"}, lambda args: True)
 _register(
     "rnn_backward",
-    {"grad_h", "grad_h_n", "x", "h0", "h", "f"},
-    lambda args: not any(args["wanted"][2:]),
+    {"grad_h", "grad_h_n", "x", "h0", "h", "f", "restart", "mask"},
+    lambda args: _are_rows(args["wanted"]),
 )
-_register("adjoint_scan", {"g", "gate"}, lambda args: True)
-_register("tangent_scan", {"c", "q0", "gate"}, lambda args: True)
+_register("adjoint_scan", {"g", "gate", "mask"}, lambda args: True)
+_register("tangent_scan", {"c", "q0", "gate", "restart", "mask"}, lambda args: True)

@@ -5,11 +5,12 @@ operator of the same name in ``torch.ops.torch_bptt``, which is tested against i
 is tested against autograd and torch.nn.RNN. It imports torch alone and computes in the dtype it is
 given.
 
-    forward   p_t = k_t h_{t-1},   h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
-    adjoint   d_t = g_t + k_{t+1} [ (1-a) d_{t+1} + (G_{t+1} d_{t+1}) W_hh ]
-    tangent   q_t = c_t + k_t [ (1-a) q_{t-1} + G_t (q_{t-1} W_hh^T) ]
+    forward   p_t = k_t h_{t-1},   h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + (m p_t) W_hh^T + b_hh)
+    adjoint   d_t = g_t + k_{t+1} [ (1-a) d_{t+1} + m ((G_{t+1} d_{t+1}) W_hh) ]
+    tangent   q_t = c_t + k_t [ (1-a) q_{t-1} + G_t ((m q_{t-1}) W_hh^T) ]
 
-where G_t = a f'(z_t), elementwise, and z_t is the argument of f.
+where G_t = a f'(z_t), elementwise, and z_t is the argument of f. With a state to restart from, r,
+p_t is r where k_t is 0.
 
 Shapes, everywhere: T steps, B batch rows, I input size, H hidden size. "(T, B, H) or (N, H)" means
 dense, or packed as in torch.nn.utils.rnn.PackedSequence: batch_sizes (T,) holds the number of rows
@@ -41,7 +42,7 @@ class _Timeline:
     final state, whichever way time runs.
     """
 
-    def __init__(self, data, batch_sizes, keep, reverse, truncate=0):
+    def __init__(self, data, batch_sizes, keep, reverse, truncate=0, mask=None):
         self.dense = data.dim() == 3
         if batch_sizes is not None:
             self.sizes = batch_sizes.tolist()
@@ -50,6 +51,7 @@ class _Timeline:
         self.batch = data.shape[1] if self.dense else self.sizes[0] if self.sizes else 0
         self.order = range(len(self.sizes))[:: -1 if reverse else 1]
         self.keep, self.reverse, self.truncate = keep, reverse, truncate
+        self.mask = None if mask is None else self.start(mask, mask)
 
     def split(self, data):
         """(T, B, F) or (N, F) -> T tensors (rows of the step, F)."""
@@ -75,25 +77,40 @@ class _Timeline:
     def replace(self, state, rows):
         return torch.cat([rows, state[len(rows) :]])
 
-    def keeps(self, t, state):
-        """k_t state: rows (rows of the step, F) that restart before step t become zero."""
+    def keeps(self, t, state, restart=None):
+        """k_t state: rows (rows of the step, F) that restart before step t are replaced."""
         if self.keep is None:
             return state
-        return torch.where(self.keep[t, : len(state), None], state, 0)
+        restart = 0 if restart is None else restart[: len(state)]
+        return torch.where(self.keep[t, : len(state), None], state, restart)
 
-    def links(self, t, state):
+    def restarts(self, t, state):
+        """What keeps takes away: zero but for rows that restart before step t."""
+        if self.keep is None:
+            return torch.zeros_like(state)
+        return torch.where(self.keep[t, : len(state), None], 0, state)
+
+    def links(self, t, state, restart=None):
         """As keeps, and zero where truncation cuts: before a row's own steps k, 2k, ..., too."""
         if self.truncate:
             lengths = [sum(row < size for size in self.sizes) for row in range(len(state))]
             own_steps = [length - 1 - t if self.reverse else t for length in lengths]
             uncut = torch.tensor([[s == 0 or s % self.truncate > 0] for s in own_steps])
             state = torch.where(uncut.to(state.device), state, 0) if own_steps else state
-        return self.keeps(t, state)
+        return self.keeps(t, state, restart)
+
+    def masks(self, state):
+        """m state, for the rows that exist."""
+        return state if self.mask is None else self.mask[: len(state)] * state
 
 
 def _leak(alpha, state, drive):
-    """(1-a) state + drive, where a = 1 forgets the state even if it is infinite."""
-    return drive if alpha == 1 else (1 - alpha) * state + drive
+    """(1-a) state + drive, where no leak forgets the state even if it is infinite."""
+    return drive if alpha is None else (1 - alpha).to(state.dtype) * state + drive
+
+
+def _scaled(alpha, y):
+    return y if alpha is None else alpha.to(y.dtype) * y
 
 
 def rnn_forward(
@@ -106,45 +123,55 @@ def rnn_forward(
     activation,
     batch_sizes=None,
     keep=None,
-    alpha=1.0,
+    alpha=None,
+    restart=None,
+    mask=None,
+    noise=None,
     reverse=False,
 ):
     """Run one Elman layer over a whole sequence, in one direction.
 
-        p_t = k_t h_{t-1}
-        h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + p_t W_hh^T + b_hh)
+        p_t = k_t h_{t-1} + (1 - k_t) r
+        h_t = (1-a) p_t + a f(x_t W_ih^T + b_ih + noise_t + (m p_t) W_hh^T + b_hh)
 
     Arguments:
         x: input, (T, B, I) or (N, I), any floating dtype.
         h0: state before a row's first step in processing order; None means zeros.
         weight_ih, weight_hh, bias_ih, bias_hh: (H, I), (H, H), (H,) and (H,); a bias may be None.
         batch_sizes: (T,) int64 on the CPU; None means dense.
-        keep: k, (T, B) bool; False lets a row start from zero at step t, dropping h0 too. None
-            means all True.
+        keep: k, (T, B) bool; False lets a row restart before step t, dropping h0 too. None means
+            all True.
         activation: a name in ``activations``.
-        alpha: a in (0, 1]; 1 is Elman's network, less a leaky one.
+        alpha: a of each unit, (H,), in the type x is computed in (float32 where x is narrower);
+            less than 1 for leaky units. None means Elman's network, all ones.
+        restart: r, a state; None means zeros.
+        mask: m, a state: factors of what enters the recurrent product. None means ones.
+        noise: shaped as h; None means zeros.
         reverse: process t downward; the state then arrives at step t from t+1.
     Returns:
         h: every state, (T, B, H) or (N, H).
         h_n: the state after each row's last step in processing order.
-        f: f(z_t), shaped as h, when alpha != 1; otherwise, being h, an empty (0,) tensor.
+        f: f(z_t), shaped as h, with an alpha; otherwise, being h, an empty (0,) tensor.
     Source:
         Elman (1990), Finding structure in time.
     """
-    time = _Timeline(x, batch_sizes, keep, reverse)
+    time = _Timeline(x, batch_sizes, keep, reverse, mask=mask)
     value, _ = activations[activation]
     x_steps, h, f = time.split(x), {}, {}
     like = x.new_empty(*x.shape[:-1], len(weight_hh))
     state = time.start(h0, like)
+    start = None if restart is None else time.start(restart, like)
+    noise_steps = None if noise is None else time.split(noise)
     for t in time.order:
-        p = time.keeps(t, state[: time.sizes[t]])
-        z = x_steps[t] @ weight_ih.T + p @ weight_hh.T
+        p = time.keeps(t, state[: time.sizes[t]], start)
+        z = x_steps[t] @ weight_ih.T + time.masks(p) @ weight_hh.T
         for bias in (bias_ih, bias_hh):
             z = z if bias is None else z + bias
-        f[t] = value(z)
-        h[t] = _leak(alpha, p, alpha * f[t])
+        f[t] = value(z if noise is None else z + noise_steps[t])
+        h[t] = _leak(alpha, p, _scaled(alpha, f[t]))
         state = time.replace(state, h[t])
-    return time.join(h, like), time.end(state), time.join(f, like) if alpha != 1 else x.new_empty(0)
+    h_n = time.end(state)
+    return time.join(h, like), h_n, x.new_empty(0) if alpha is None else time.join(f, like)
 
 
 def rnn_backward(
@@ -160,7 +187,9 @@ def rnn_backward(
     wanted,
     batch_sizes=None,
     keep=None,
-    alpha=1.0,
+    alpha=None,
+    restart=None,
+    mask=None,
     reverse=False,
     truncate=0,
     clip=None,
@@ -169,42 +198,51 @@ def rnn_backward(
 
         d = adjoint(grad_h) with d_T = grad_h_n,    delta_t = a f'(z_t) d_t
         grad_x = delta W_ih    grad_weight_ih = sum delta_t^T x_t    grad_bias = sum delta_t
-        grad_h0 = d_{-1}       grad_weight_hh = sum delta_t^T p_t
+        grad_h0 = d_{-1}       grad_weight_hh = sum delta_t^T (m p_t)
+        grad_alpha = sum d_t (f(z_t) - p_t)    grad_restart: what the adjoint sends back to r
 
     Arguments:
         grad_h, grad_h_n: gradients of h, (T, B, H) or (N, H), and of the state h_n; None means
             zeros.
         x, h0, weight_ih, weight_hh and the options: as given to rnn_forward.
-        h, f: as returned by it; f may be None where alpha is 1.
+        h, f: as returned by it; f may be None without alpha.
         truncate: k > 0 cuts the gradient before a row's own steps k, 2k, ...; 0 never does. See
             adjoint_scan.
         clip: c clamps every d_t to [-c, c]; dh0 is not clamped. None clamps nothing.
-        wanted: five bools, which gradients to return.
+        wanted: eight bools, which of the results to return.
     Returns:
-        grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, shaped as their inputs; (0,)
-        where not wanted.
+        grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart, shaped
+        as their inputs, and norms, the length of d_t of every row, shaped as x without its
+        features; (0,) where not wanted.
     Source:
         Werbos (1990), Backpropagation through time: what it does and how to do it; the clamp,
         Graves (2013), Generating sequences with recurrent neural networks.
     """
-    time = _Timeline(h, batch_sizes, keep, reverse, truncate)
+    time = _Timeline(h, batch_sizes, keep, reverse, truncate, mask)
     _, slope = activations[activation]
-    gate = alpha * slope(h if alpha == 1 else f)
+    y = h if alpha is None else f
+    gate = _scaled(alpha, slope(y))
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    d, grad_h0 = _adjoint_loop(time, grad_h, grad_h_n, gate, weight_hh, alpha, clip)
+    d, grad_h0, grad_restart = _adjoint_loop(time, grad_h, grad_h_n, gate, weight_hh, alpha, clip)
 
-    h_steps, p, state = time.split(h), {}, time.start(h0, h)
+    h_steps, p, entering, state = time.split(h), {}, {}, time.start(h0, h)
+    start = None if restart is None else time.start(restart, h)
     for t in time.order:
-        p[t] = time.keeps(t, state[: time.sizes[t]])
+        p[t] = time.keeps(t, state[: time.sizes[t]], start)
+        entering[t] = time.masks(p[t])
         state = time.replace(state, h_steps[t])
 
-    x, p, delta = (rows.flatten(0, -2) for rows in (x, time.join(p, h), gate * d))
+    rows = (x, time.join(entering, h), gate * d, d * (y - time.join(p, h)))
+    x, entering, delta, of_alpha = (each.flatten(0, -2) for each in rows)
     grads = (
         (delta @ weight_ih).view(*h.shape[:-1], x.shape[-1]),
         grad_h0,
         delta.T @ x,
-        delta.T @ p,
+        delta.T @ entering,
         delta.sum(0),
+        of_alpha.sum(0).to(h.dtype if alpha is None else alpha.dtype),
+        grad_restart,
+        torch.linalg.vector_norm(d, dim=-1),
     )
     return tuple(grad if want else h.new_empty(0) for grad, want in zip(grads, wanted, strict=True))
 
@@ -215,14 +253,15 @@ def adjoint_scan(
     weight_hh,
     batch_sizes=None,
     keep=None,
-    alpha=1.0,
+    alpha=None,
+    mask=None,
     reverse=False,
     truncate=0,
     clip=None,
 ):
     """Carry gradients against processing order: the linear loop of every backward pass.
 
-        d_t = clamp( g_t + k_{t+1} [ (1-a) d_{t+1} + (G_{t+1} d_{t+1}) W_hh ] ),    d_T = 0
+        d_t = clamp( g_t + k_{t+1} [ (1-a) d_{t+1} + m ((G_{t+1} d_{t+1}) W_hh) ] ),    d_T = 0
 
     Here t counts a row's own steps in processing order.
 
@@ -234,27 +273,30 @@ def adjoint_scan(
             k steps.
         clip: c clamps every d_t to [-c, c], but not d_{-1}, so that two calls on two halves equal
             one call.
-        batch_sizes, keep, alpha, reverse: as in rnn_forward.
+        batch_sizes, keep, alpha, mask, reverse: as in rnn_forward.
     Returns:
         d: shaped as g.
         d0: d_{-1}, the recursion once more without g, a state.
+        d_restart: the sum over steps of what the brackets hold where k is 0, a state.
     Source:
         Werbos (1990), Backpropagation through time. It is the transpose of tangent_scan.
     """
-    time = _Timeline(g, batch_sizes, keep, reverse, truncate)
+    time = _Timeline(g, batch_sizes, keep, reverse, truncate, mask)
     return _adjoint_loop(time, g, None, gate, weight_hh, alpha, clip)
 
 
 def _adjoint_loop(time, g, arriving, gate, weight_hh, alpha, clip):
     """adjoint_scan with d_T = arriving, a state: the gradient of h_n, whose link is never cut."""
     g_steps, gates, d = time.split(g), time.split(gate), {}
-    state = time.start(arriving, g)
+    state, restart = time.start(arriving, g), time.start(None, g)
     for t in reversed(time.order):
         d[t] = g_steps[t] + state[: time.sizes[t]]
         d[t] = d[t] if clip is None else d[t].clamp(-clip, clip)
-        leaving = _leak(alpha, d[t], (gates[t] * d[t]) @ weight_hh)
+        leaving = _leak(alpha, d[t], time.masks((gates[t] * d[t]) @ weight_hh))
         state = time.replace(state, time.links(t, leaving))
-    return time.join(d, g), time.end(state)
+        leaving = restart[: time.sizes[t]] + time.restarts(t, leaving)
+        restart = time.replace(restart, leaving)
+    return time.join(d, g), time.end(state), time.end(restart)
 
 
 def tangent_scan(
@@ -264,34 +306,40 @@ def tangent_scan(
     weight_hh,
     batch_sizes=None,
     keep=None,
-    alpha=1.0,
+    alpha=None,
+    restart=None,
+    mask=None,
     reverse=False,
     truncate=0,
 ):
     """Carry perturbations in processing order: the linear loop of forward mode.
 
-        q_t = c_t + k_t [ (1-a) q_{t-1} + G_t (q_{t-1} W_hh^T) ],    q_{-1} = q0
+        q_t = c_t + k_t [ (1-a) q_{t-1} + G_t ((m q_{t-1}) W_hh^T) ],    q_{-1} = q0
 
-    Here t counts a row's own steps in processing order.
+    Here t counts a row's own steps in processing order. Where k_t is 0, the disturbance of the
+    state that rows restart from takes the place of q_{t-1}.
 
     Arguments:
         c: what disturbs each state from outside, (T, B, H) or (N, H).
         q0: disturbance of the state h0; None means zeros.
         gate: G, shaped as c.
         weight_hh: (H, H).
-        truncate: k > 0 takes k_t as 0 where t = k, 2k, ..., as detaching the state does.
-        batch_sizes, keep, alpha, reverse: as in rnn_forward.
+        truncate: k > 0 drops q_{t-1} where t = k, 2k, ..., as detaching the state does.
+        restart: disturbance of the state that rows restart from; None means zeros.
+        batch_sizes, keep, alpha, mask, reverse: as in rnn_forward.
     Returns:
         q: shaped as c.
     Source:
         Williams and Zipser (1989), A learning algorithm for continually running fully recurrent
         neural networks.
     """
-    time = _Timeline(c, batch_sizes, keep, reverse, truncate)
+    time = _Timeline(c, batch_sizes, keep, reverse, truncate, mask)
     c_steps, gates, q = time.split(c), time.split(gate), {}
     state = time.start(q0, c)
+    start = None if restart is None else time.start(restart, c)
     for t in time.order:
-        arriving = time.links(t, state[: time.sizes[t]])
-        q[t] = c_steps[t] + _leak(alpha, arriving, gates[t] * (arriving @ weight_hh.T))
+        arriving = time.links(t, state[: time.sizes[t]], start)
+        moved = gates[t] * (time.masks(arriving) @ weight_hh.T)
+        q[t] = c_steps[t] + _leak(alpha, arriving, moved)
         state = time.replace(state, q[t])
     return time.join(q, c)

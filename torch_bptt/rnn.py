@@ -137,11 +137,13 @@ class RNN(nn.RNNBase):
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
         activation = self.mode.removeprefix("RNN_").lower()
         options = [
-            Options(activation, self.alpha, reverse, self.truncate or 0, self.clip_grad_h)
+            Options(activation, reverse, self.truncate or 0, self.clip_grad_h)
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
         dropout = self.dropout if self.training else 0.0
-        return run(input, hx, layers, options, self.batch_first, dropout, lengths, reset)
+        return run(
+            input, hx, layers, options, self.batch_first, dropout, lengths, reset, self.alpha
+        )
 
     def _layers(self):
         missing = () if self.bias else (None, None)

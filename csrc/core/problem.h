@@ -18,6 +18,18 @@ struct float16 {
   uint16_t bits;
 };
 
+// The type a storage type is computed in.
+template <class S>
+struct compute_type {
+  using type = float;
+};
+template <>
+struct compute_type<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename compute_type<S>::type;
+
 // Rows of features, the features of one row contiguous. Any strides between rows, zero (expanded)
 // included.
 template <class S>
@@ -37,8 +49,8 @@ struct Schedule {
   int64_t B = 0;
   const int64_t* offsets = nullptr;  // (T + 1) first row of each step; null: dense
   const int64_t* lengths = nullptr;  // (B) steps of each row; null: T
-  const bool* keep =
-      nullptr;  // (T, B) false: the state arriving at this step counts as zero; null: all true
+  const bool* keep = nullptr;  // (T, B) false: the row restarts, the state of the step before does
+                               // not arrive at this one; null: all true
   bool reverse = false;
   int64_t truncate = 0;  // k > 0: the gradient crosses a link only between steps of the same block
                          // of k; 0: all links
@@ -60,7 +72,7 @@ struct Schedule {
   // t is the last.
   int64_t rows_continuing(int64_t t) const { return common_rows(t, after(t)); }
 
-  // Does the state arriving at step t count?
+  // Does the state of the step before (or h0) arrive at step t?
   bool kept(int64_t t, int64_t b) const { return !keep || keep[t * B + b]; }
   // Does the gradient cross the link that arrives at step t? Truncation cuts it where a loop would
   // detach the state.
@@ -93,60 +105,72 @@ struct Parallel {
               void* context) = nullptr;
 };
 
-// h_t = (1 - alpha) p_t + alpha f(x_t W_ih^T + b_ih + b_hh + p_t W_hh^T),   p_t the state that
-// arrives at step t
+// h_t = (1 - alpha) p_t + alpha f(z_t),   z_t = x_t W_ih^T + b_ih + b_hh + noise_t + (m p_t) W_hh^T
+//
+// p_t is the state that arrives at step t; products without W are elementwise.
 template <class S>
 struct ForwardProblem {
   Schedule schedule;
   int64_t I = 0, H = 0;
   Activation activation{};
-  double alpha = 1;
-  Rows<const S> x;       // (T, B, I) or (N, I)
-  Rows<const S> h0;      // (B, H); null: zeros
-  const S* weight_ih{};  // (H, I) contiguous
-  const S* weight_hh{};  // (H, H) contiguous
-  const S* bias[2]{};    // b_ih and b_hh (H); null: zeros
-  Rows<S> h;             // out (T, B, H) or (N, H)
-  S* h_n{};              // out (B, H) contiguous: the state after each row's last step
-  Rows<S> f;             // out, as h: f(z_t); null when alpha is 1, where it equals h
+  const Compute<S>* alpha{};  // (H) the leak of each unit; null: 1 for all
+  Rows<const S> x;            // (T, B, I) or (N, I)
+  Rows<const S> h0;           // (B, H); null: zeros
+  Rows<const S> restart;      // (B, H) what arrives where a row restarts; null: zeros
+  Rows<const S> mask;         // (B, H) m; null: ones
+  Rows<const S> noise;        // as h; null: zeros
+  const S* weight_ih{};       // (H, I) contiguous
+  const S* weight_hh{};       // (H, H) contiguous
+  const S* bias[2]{};         // b_ih and b_hh (H); null: zeros
+  Rows<S> h;                  // out (T, B, H) or (N, H)
+  S* h_n{};                   // out (B, H) contiguous: the state after each row's last step
+  Rows<S> f;                  // out, as h: f(z_t); null when alpha is, where it equals h
 };
 
-// The gradients of all that ForwardProblem reads. A null output is not computed.
+// The gradients of all that ForwardProblem reads but mask and noise. A null output is not computed.
 template <class S>
 struct BackwardProblem {
   Schedule schedule;
   int64_t I = 0, H = 0;
   Activation activation{};
-  double alpha = 1;
-  double clip = -1;        // >= 0: clamp dL/dh_t to [-clip, clip] at every step
+  const Compute<S>* alpha{};
+  double clip = -1;        // >= 0: clamp d_t = dL/dh_t to [-clip, clip] at every step
   Rows<const S> grad_h;    // as h; null: zeros
   Rows<const S> grad_h_n;  // (B, H); null: zeros
-  Rows<const S> x, h0, h;  // as in ForwardProblem
-  Rows<const S> f;         // f(z_t); h itself when alpha is 1
-  const S* weight_ih{};    // (H, I) contiguous
-  const S* weight_hh{};    // (H, H) contiguous
-  Rows<S> grad_x;          // out, as x
-  Rows<S> grad_h0;         // out (B, H)
-  S* grad_weight_ih{};     // out (H, I) contiguous
-  S* grad_weight_hh{};     // out (H, H) contiguous
-  S* grad_bias{};          // out (H)
+  Rows<const S> x, h0, restart, mask, h;  // as in ForwardProblem
+  Rows<const S> f;                        // f(z_t); h itself when alpha is null
+  const S* weight_ih{};                   // (H, I) contiguous
+  const S* weight_hh{};                   // (H, H) contiguous
+  Rows<S> grad_x;                         // out, as x
+  Rows<S> grad_h0;                        // out (B, H)
+  S* grad_restart{};                      // out (B, H) contiguous
+  S* grad_weight_ih{};                    // out (H, I) contiguous
+  S* grad_weight_hh{};                    // out (H, H) contiguous
+  S* grad_bias{};                         // out (H)
+  Compute<S>* grad_alpha{};               // out (H)
+  Compute<S>* norms{};                    // out (rows): |d_t| of each row, in memory order
 };
 
-// adjoint, from the last step to the first:  d_t = g_t + (1 - alpha) d_{t+1} + (gate_{t+1} d_{t+1})
-// W_hh tangent, from the first step to the last:  d_t = g_t + (1 - alpha) d_{t-1} + gate_t (d_{t-1}
-// W_hh^T) both across linked steps only; each is the transpose of the other.
+// adjoint, from the last step to the first:
+//   d_t = g_t + (1 - alpha) d_{t+1} + m ((gate_{t+1} d_{t+1}) W_hh)
+// tangent, from the first step to the last:
+//   d_t = g_t + (1 - alpha) d_{t-1} + gate_t ((m d_{t-1}) W_hh^T)
+// both across linked steps only; each is the transpose of the other.
 template <class S>
 struct ScanProblem {
   Schedule schedule;
   int64_t H = 0;
-  double alpha = 1;
-  double clip = -1;      // adjoint only
-  Rows<const S> g;       // (T, B, H) or (N, H)
-  Rows<const S> gate;    // as g: alpha f'(z_t)
-  Rows<const S> d0_in;   // tangent (B, H): the state before each row's first step; null: zeros
-  const S* weight_hh{};  // (H, H) contiguous
-  Rows<S> d;             // out, as g
-  Rows<S> d0;  // adjoint, out (B, H): the recursion once more, before each row's first step
+  const Compute<S>* alpha{};
+  double clip = -1;          // adjoint only
+  Rows<const S> g;           // (T, B, H) or (N, H)
+  Rows<const S> gate;        // as g: alpha f'(z_t)
+  Rows<const S> mask;        // (B, H) m; null: ones
+  Rows<const S> d0_in;       // tangent (B, H): before each row's first step; null: zeros
+  Rows<const S> restart_in;  // tangent (B, H): arrives where a row restarts; null: zeros
+  const S* weight_hh{};      // (H, H) contiguous
+  Rows<S> d;                 // out, as g
+  Rows<S> d0;                // adjoint, out (B, H): once more, before each row's first step
+  S* restart{};              // adjoint, out (B, H) contiguous: the sum of what leaves at restarts
 };
 
 }  // namespace torch_bptt

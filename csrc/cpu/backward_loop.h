@@ -22,12 +22,14 @@ class BackwardLoop {
         panels_hh(in_place(p.weight_hh, p.H) ? 0 : Panels<P>::size(p.H, p.H)),
         panels_ih(p.grad_x.data && !in_place(p.weight_ih, p.I) ? Panels<P>::size(p.H, p.I) : 0),
         grad_x_block(kNarrow<S> && p.grad_x.data ? cut.threads * kBlockRows * p.I : 0),
-        adjoint(s, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell_of<S>(p.activation),
-                {p.grad_h, p.grad_h_n, p.f, {}, p.grad_h0}, weight_hh(), chunk_rows, cut),
-        weights(p, chunk_rows) {}
+        adjoint(s, p.H, p.alpha, p.clip, adjoint_cells_of<S>(p.activation),
+                {p.grad_h, p.grad_h_n, p.f, p.mask, {}, p.grad_h0, p.grad_restart}, weight_hh(),
+                chunk_rows, cut, p.grad_alpha || p.norms),
+        weights(p, chunk_rows, cut.threads) {}
 
   void run() {
     run_team(parallel, cut.threads, [this](const Team& team) { run_thread(team); });
+    adjoint.finish();
     weights.finish();
   }
 
@@ -65,7 +67,7 @@ class BackwardLoop {
       if (!weights.wanted()) continue;
       weights.pack(walk.chunk(), du, team);
       team.wait();
-      weights.add(walk.rows(), du, walk.first(), team);
+      weights.add(walk.chunk(), du, adjoint.chunk_d(walk), walk.first(), team);
     }
   }
 

@@ -13,6 +13,7 @@ template <class S>
 struct ForwardBlock {
   using C = Compute<S>;
   const Operand<S>* arriving[kBlockRows];  // p_t
+  const Operand<S>* entering[kBlockRows];  // m p_t: what is multiplied by W_hh
   C* z[kBlockRows];  // u_t, then z_t; the row of h itself but for narrow types
   S* h[kBlockRows];
   S* f[kBlockRows];      // leaky only
@@ -22,18 +23,17 @@ struct ForwardBlock {
 // z -> h for columns [begin, end) of the block's rows.
 template <class S>
 using ForwardCell = void (*)(const ForwardBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
-                             StepOptions<Compute<S>> options);
+                             const Compute<S>* alpha);
 
 template <class S, class A>
 void forward_cell(const ForwardBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
-                  StepOptions<Compute<S>> options) {
+                  const Compute<S>* alpha) {
   using C = Compute<S>;
-  const bool leaky = options.leaky();
   for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
     Vector<C> h = A::template value<VectorMath<C>>(load(block.z[r] + j, lanes));
-    if (leaky) {
+    if (alpha) {
       store(block.f[r] + j, h, lanes);
-      h = leak(load(block.arriving[r] + j, lanes), h, options);
+      h = leak(load(alpha + j, lanes), load(block.arriving[r] + j, lanes), h);
     }
     store(block.h[r] + j, h, lanes);
     if constexpr (kConverted<S>) store(block.state[r] + j, rounded_to<S>(h), lanes);
@@ -62,6 +62,15 @@ void keep_final(const Schedule& s, int64_t t, const Share& share, const Rows<S>&
                      uint64_t(share.columns.end - share.columns.begin) * sizeof(S));
 }
 
+// to = m p, rounded as a state is.
+template <class S>
+void mask_row(const S* mask, const Operand<S>* p, Operand<S>* to, int64_t H) {
+  using C = Compute<S>;
+  for_columns<C>(0, H, [&](int64_t j, auto lanes) {
+    store(to + j, rounded_to<S>(load(mask + j, lanes) * load(p + j, lanes)), lanes);
+  });
+}
+
 // The states of converted types, for the current step and the one before; the others read h itself.
 template <class C>
 struct StateRing {
@@ -79,13 +88,14 @@ class ForwardLoop {
         parallel(parallel),
         cut(cut_steps<C>(parallel, s, p.H, s.rows() * p.H * (p.H + p.I))),
         chunk_rows(rows_per_chunk(s, p.I, p.H)),
-        options(p.alpha, -1),
         cell(forward_cell_of<S>(p.activation)),
         panels_ih(packed(p.I) ? Panels<P>::size(p.I, p.H) : 0),
         panels_hh(packed(p.H) ? Panels<P>::size(p.H, p.H) : 0),
         bias(p.H),
         zeros(p.H),
-        h0(kConverted<S> ? s.B * p.H : 0),
+        h0(kConverted<S> && p.h0.data ? s.B * p.H : 0),
+        restart(kConverted<S> && p.restart.data ? s.B * p.H : 0),
+        masked(p.mask.data ? cut.threads * kBlockRows * p.H : 0),
         states(kConverted<S> ? 2 * s.B * p.H : 0),
         drive(kNarrow<S> ? cut.threads * chunk_rows * p.H : 0),
         x_block(kConverted<S> ? cut.threads * kBlockRows * p.I : 0) {}
@@ -97,9 +107,10 @@ class ForwardLoop {
       for_columns<C>(0, part ? p.H : 0, [&](int64_t j, auto lanes) {
         store(bias.get() + j, load(bias.get() + j, lanes) + load(part + j, lanes), lanes);
       });
-    if constexpr (kConverted<S>)
-      for (int64_t b = 0; p.h0.data && b < s.B; ++b)
-        convert_row(p.h0.data + b * p.h0.row, h0.get() + b * p.H, p.H);
+    if constexpr (kConverted<S>) {
+      convert(p.h0, h0.get());
+      convert(p.restart, restart.get());
+    }
     run_team(parallel, cut.threads, [this](const Team& team) { run_thread(team); });
   }
 
@@ -109,6 +120,11 @@ class ForwardLoop {
 
   Panels<P> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
   Panels<P> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
+
+  void convert(const Rows<const S>& state, P* to) const {
+    for (int64_t b = 0; state.data && b < s.B; ++b)
+      convert_row(state.data + b * state.row, to + b * p.H, p.H);
+  }
 
   // Whether a weight of K terms is packed.
   bool packed(int64_t K) const { return !takes_inner_products<C>(s.rows(), K); }
@@ -144,7 +160,7 @@ class ForwardLoop {
     }
   }
 
-  // u = x W_ih^T + bias for the rows of a chunk.
+  // u = x W_ih^T + bias + noise for the rows of a chunk.
   void project(const Team& team, const Chunk& chunk, const Share& share) {
     const P* x[kBlockRows];
     const C* init[kBlockRows];
@@ -165,12 +181,20 @@ class ForwardLoop {
     for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
       for (int64_t b = share.rows.begin; b < smaller(share.rows.end, s.rows_at(t)); ++b) {
         x[rows] = input(team, rows, s.row(p.x, t, b));
-        init[rows] = bias.get();
         u[rows] = drive_row(team, chunk, t, b);
+        init[rows] = p.noise.data ? noisy_bias(u[rows], s.row(p.noise, t, b), share) : bias.get();
         if (++rows == kBlockRows) flush();
       }
     }
     flush();
+  }
+
+  // bias + noise, at `to`.
+  const C* noisy_bias(C* to, const S* noise, const Share& share) const {
+    for_columns<C>(share.columns.begin, share.columns.end, [&](int64_t j, auto lanes) {
+      store(to + j, load(bias.get() + j, lanes) + load(noise + j, lanes), lanes);
+    });
+    return to;
   }
 
   // h_t of the thread's share.
@@ -181,32 +205,43 @@ class ForwardLoop {
       const int64_t rows = smaller(kBlockRows, end - b0);
       for (int64_t r = 0; r < rows; ++r) {
         block.arriving[r] = arriving(t, b0 + r);
+        block.entering[r] =
+            p.mask.data ? entering(team, r, b0 + r, block.arriving[r]) : block.arriving[r];
         block.z[r] = drive_row(team, chunk, t, b0 + r);
         block.h[r] = s.row(p.h, t, b0 + r);
-        if (options.leaky()) block.f[r] = s.row(p.f, t, b0 + r);
+        if (p.alpha) block.f[r] = s.row(p.f, t, b0 + r);
         if constexpr (kConverted<S>) block.state[r] = ring().row(t, b0 + r);
       }
       multiply_weight(
-          weight_hh().of_step(t), p.weight_hh, share.columns, rows, block.arriving, block.z,
+          weight_hh().of_step(t), p.weight_hh, share.columns, rows, block.entering, block.z,
           block.z, [](auto&&...) {},
-          [&](int64_t j, int64_t j_end) { cell(block, rows, j, j_end, options); });
+          [&](int64_t j, int64_t j_end) { cell(block, rows, j, j_end, p.alpha); });
     }
     keep_final(s, t, share, p.h, p.h_n, p.H);
   }
 
   const P* arriving(int64_t t, int64_t b) const {
-    if (!s.kept(t, b)) return zeros.get();
-    if (b >= s.rows_continued(t)) {
-      if (!p.h0.data) return zeros.get();
-      if constexpr (kConverted<S>)
-        return h0.get() + b * p.H;
-      else
-        return p.h0.data + b * p.h0.row;
-    }
+    if (!s.kept(t, b)) return given(p.restart, restart, b);
+    if (b >= s.rows_continued(t)) return given(p.h0, h0, b);
     if constexpr (kConverted<S>)
       return ring().row(s.before(t), b);
     else
       return s.row(p.h, s.before(t), b);
+  }
+
+  // Row b of a state that the caller gave.
+  const P* given(const Rows<const S>& state, const Buffer<P>& converted, int64_t b) const {
+    if (!state.data) return zeros.get();
+    if constexpr (kConverted<S>)
+      return converted.get() + b * p.H;
+    else
+      return state.data + b * state.row;
+  }
+
+  const P* entering(const Team& team, int64_t slot, int64_t b, const P* arriving) const {
+    P* to = masked.get() + (team.index * kBlockRows + slot) * p.H;
+    mask_row<S>(p.mask.data + b * p.mask.row, arriving, to, p.H);
+    return to;
   }
 
   // Where u_t goes: into h itself, or for the narrow types into float32 scratch that lasts for one
@@ -235,11 +270,10 @@ class ForwardLoop {
   const Parallel& parallel;
   const Cut cut;
   const int64_t chunk_rows;
-  const StepOptions<C> options;
   const ForwardCell<S> cell;
   Buffer<typename Product<P>::Unit> panels_ih, panels_hh;
   Buffer<C> bias;
-  Buffer<P> zeros, h0, states;
+  Buffer<P> zeros, h0, restart, masked, states;
   Buffer<C> drive;
   Buffer<P> x_block;
 };

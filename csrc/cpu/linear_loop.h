@@ -1,8 +1,11 @@
 // The two linear recurrences, transposes of each other: adjoint (down in processing order) and
 // tangent (up).
 //
-//   d_t = g_t + link_{t+1} [ (1 - alpha) d_{t+1} + (gate_{t+1} d_{t+1}) W_hh ]
-//   q_t = g_t + link_t     [ (1 - alpha) q_{t-1} + gate_t (q_{t-1} W_hh^T) ]
+//   d_t = g_t + link_{t+1} [ (1 - alpha) d_{t+1} + m ((gate_{t+1} d_{t+1}) W_hh) ]
+//   q_t = g_t + link_t     [ (1 - alpha) q_{t-1} + gate_t ((m q_{t-1}) W_hh^T) ]
+//
+// Where a row restarts, what the brackets hold goes to the gradient of the restart state instead
+// (adjoint), or comes from its tangent.
 #pragma once
 
 #include "../core/cell.h"
@@ -23,54 +26,116 @@ struct AdjointBlock {
   P* du[kBlockRows];              // du_t
   const C* d_next[kBlockRows];    // d_{t+1}, leaky only
   C* d[kBlockRows];               // d_t for the next step, leaky only
+  const S* mask[kBlockRows];      // masked only
+  C* restart[kBlockRows];         // where the row restarts at t + 1: what goes back is added here
+  C* kept[kBlockRows];            // null: d_t is not wanted in the type it is computed in
   const S* g[kBlockRows];         // null: zeros
   const S* g_n[kBlockRows];       // gradient of h_n where t is the row's last step; null elsewhere
   const S* y[kBlockRows];         // f(z_t), or the gate itself
   S* d_out[kBlockRows];           // null: d_t is not wanted
 };
 
+// What all steps have in common.
+template <class C>
+struct AdjointOptions {
+  const C* alpha;  // null: ones
+  C clip;          // negative: none
+  bool masked;
+};
+
 template <class S>
 using AdjointCell = void (*)(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
-                             StepOptions<Compute<S>> options);
+                             const AdjointOptions<Compute<S>>& options);
 
 // gate_t as a function of what forward kept: alpha f'(z_t) from f(z_t).
 template <class A>
 struct SlopeGate {
-  template <class V, class C>
-  static TORCH_BPTT_INLINE V of(V y, const StepOptions<C>& options) {
-    return options.leaky() ? options.alpha * A::slope(y) : A::slope(y);
+  template <class V>
+  static TORCH_BPTT_INLINE V of(V y) {
+    return A::slope(y);
+  }
+  template <class V>
+  static TORCH_BPTT_INLINE V of(V y, V alpha) {
+    return alpha * A::slope(y);
   }
 };
 struct GivenGate {
-  template <class V, class C>
-  static TORCH_BPTT_INLINE V of(V gate, const StepOptions<C>&) {
+  template <class V>
+  static TORCH_BPTT_INLINE V of(V gate) {
+    return gate;
+  }
+  template <class V>
+  static TORCH_BPTT_INLINE V of(V gate, V) {
     return gate;
   }
 };
 
+// What goes back over a link, and what it adds up to at d_t's end of it:
+//   (1 - alpha) d_{t+1} + m (du_{t+1} W_hh)
+template <class C, class S, class Lanes>
+TORCH_BPTT_INLINE Vector<C> going_back(const C* product, const S* mask, const C* d_next, int64_t j,
+                                       Lanes lanes, const AdjointOptions<C>& options) {
+  Vector<C> d = load(product + j, lanes);
+  if (options.masked) d *= load(mask + j, lanes);
+  if (options.alpha) d += (1 - load(options.alpha + j, lanes)) * load(d_next + j, lanes);
+  return d;
+}
+
+// Most networks: no leak, mask or clamp, and nobody asks for d_t or restarts from a state of his
+// own.
 template <class S, class Gate>
-void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
-                  StepOptions<Compute<S>> options) {
+void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                        const AdjointOptions<Compute<S>>&) {
   using C = Compute<S>;
-  const bool leaky = options.leaky();
   for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
     Vector<C> d = load(block.product[r] + j, lanes);
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
-    if (leaky) d += options.rest * load(block.d_next[r] + j, lanes);
-    if (options.clip >= 0) d = clamp(d, options);
-    if (leaky) store(block.d[r] + j, d, lanes);
+    store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes)) * d, lanes);
+  });
+}
+
+template <class S, class Gate>
+void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
+                  const AdjointOptions<Compute<S>>& given) {
+  using C = Compute<S>;
+  const AdjointOptions<C> options = given;
+  for_block<C>(rows, begin, end, [&](int64_t r, int64_t j, auto lanes) {
+    Vector<C> d = going_back(block.product[r], block.mask[r], block.d_next[r], j, lanes, options);
+    if (C* sum = block.restart[r]) {
+      store(sum + j, load(sum + j, lanes) + d, lanes);
+      d = Vector<C>{};
+    }
+    if (block.g[r]) d += load(block.g[r] + j, lanes);
+    if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
+    if (options.clip >= 0) d = clamp(d, options.clip);
+    if (block.kept[r]) store(block.kept[r] + j, d, lanes);
     if (block.d_out[r]) store(block.d_out[r] + j, d, lanes);
-    store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes), options) * d, lanes);
+    Vector<C> gate = load(block.y[r] + j, lanes);
+    if (options.alpha) {
+      store(block.d[r] + j, d, lanes);
+      gate = Gate::of(gate, load(options.alpha + j, lanes));
+    } else {
+      gate = Gate::of(gate);
+    }
+    store(block.du[r] + j, gate * d, lanes);
   });
 }
 
 template <class S>
-AdjointCell<S> adjoint_cell_of(Activation activation) {
+struct AdjointCells {
+  AdjointCell<S> plain, full;
+};
+
+template <class S, class Gate>
+constexpr AdjointCells<S> kAdjointCells{plain_adjoint_cell<S, Gate>, adjoint_cell<S, Gate>};
+
+template <class S>
+AdjointCells<S> adjoint_cells_of(Activation activation) {
   switch (activation) {
 #define TORCH_BPTT_ENTRY(name, type) \
   case Activation::name:             \
-    return adjoint_cell<S, SlopeGate<type>>;
+    return kAdjointCells<S, SlopeGate<type>>;
     TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
   }
@@ -80,9 +145,10 @@ AdjointCell<S> adjoint_cell_of(Activation activation) {
 // What the adjoint reads and writes besides du; shared by adjoint_scan and rnn_backward.
 template <class S>
 struct AdjointRows {
-  Rows<const S> g, g_n, y;
-  Rows<S> d;   // null: not wanted
-  Rows<S> d0;  // null: not wanted
+  Rows<const S> g, g_n, y, mask;
+  Rows<S> d;     // null: not wanted
+  Rows<S> d0;    // null: not wanted
+  S* restart{};  // (B, H) null: not wanted
 };
 
 // Chunks of steps in the order of the adjoint. du of two chunks exist at any time: the current one
@@ -106,7 +172,6 @@ class AdjointWalk {
   // The i-th step of the chunk in processing order.
   int64_t step(int64_t i) const { return s.step(s.T - 1 - done - i); }
   int64_t steps() const { return current.t1 - current.t0; }
-  int64_t rows() const { return s.offset(current.t1) - s.offset(current.t0); }
 
   // Where the rows of the chunk begin among those of two chunks.
   int64_t first_slot() const { return parity * chunk_rows; }
@@ -133,21 +198,26 @@ class AdjointLoop {
  public:
   using P = Operand<S>;
 
-  AdjointLoop(const Schedule& s, int64_t H, const StepOptions<Compute<S>>& options,
-              AdjointCell<S> cell, const AdjointRows<S>& rows, const Panels<P>& weight_hh,
-              int64_t chunk_rows, const Cut& cut)
+  AdjointLoop(const Schedule& s, int64_t H, const Compute<S>* alpha, double clip,
+              const AdjointCells<S>& cells, const AdjointRows<S>& rows, const Panels<P>& weight_hh,
+              int64_t chunk_rows, const Cut& cut, bool keep_d)
       : s(s),
         H(H),
-        options(options),
-        cell(cell),
+        options{alpha, Compute<S>(clip), rows.mask.data != nullptr},
+        plain(!alpha && clip < 0 && !rows.mask.data && !rows.d.data && !rows.restart && !keep_d),
+        cell(plain ? cells.plain : cells.full),
         rows(rows),
         weight_hh(weight_hh),
         cut(cut),
         du(2 * chunk_rows * H),
-        states(options.leaky() ? 2 * s.B * H : 0),
+        kept(keep_d ? 2 * chunk_rows * H : 0),
+        keep_d(keep_d),
+        states(alpha ? 2 * s.B * H : 0),
+        restarts(rows.restart ? s.B * H : 0),
         zeros(H),
         products(cut.threads * kBlockRows * H) {
     zeros.fill_zero(H);
+    if (rows.restart) restarts.fill_zero(s.B * H);
   }
 
   // The thread's share of the walk's chunk; the whole of it where columns are cut.
@@ -161,6 +231,15 @@ class AdjointLoop {
   // du of the walk's chunk: one row of H for each of its rows, in memory order of a packed
   // sequence.
   const P* chunk_du(const AdjointWalk& walk) const { return du.get() + walk.first_slot() * H; }
+  // d of the walk's chunk, where the loop was told to keep it.
+  const Compute<S>* chunk_d(const AdjointWalk& walk) const {
+    return kept.get() + walk.first_slot() * H;
+  }
+
+  // Rounds the sums over all restarts into the output; all steps must be done.
+  void finish() const {
+    if (rows.restart) convert_row(restarts.get(), rows.restart, s.B * H);
+  }
 
  private:
   using C = Compute<S>;
@@ -171,7 +250,7 @@ class AdjointLoop {
     step_rows(walk, t, {begin, continuing}, share.columns, H, team);
     // The rows' last step: nothing comes back from later.
     step_rows(walk, t, {larger(begin, continuing), end}, share.columns, 0, team);
-    if (!rows.d0.data) return;
+    if (!rows.d0.data && !rows.restart) return;
     const Range first{larger(begin, s.rows_continued(t)), end};
     if (first.begin >= first.end) return;
     if (cut.columns) team.wait();
@@ -185,7 +264,8 @@ class AdjointLoop {
       const int64_t count = smaller(kBlockRows, range.end - b0);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t b = b0 + r, next = s.after(t);
-        const bool linked = K > 0 && s.linked(next, b);
+        const bool restarts = K > 0 && rows.restart && !s.kept(next, b);
+        const bool linked = restarts || (K > 0 && s.linked(next, b));
         block.arriving[r] = linked ? du_row(walk, next, b) : zero_row();
         block.du[r] = du_row(walk, t, b);
         if constexpr (std::is_same_v<P, C>)
@@ -195,8 +275,12 @@ class AdjointLoop {
         block.g[r] = rows.g.data ? s.row(rows.g, t, b) : nullptr;
         block.g_n[r] = K == 0 && rows.g_n.data ? rows.g_n.data + b * rows.g_n.row : nullptr;
         block.y[r] = s.row(rows.y, t, b);
+        if (plain) continue;
+        block.mask[r] = mask_row(b);
+        block.restart[r] = restarts ? restart_row(b) : nullptr;
+        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
         block.d_out[r] = rows.d.data ? s.row(rows.d, t, b) : nullptr;
-        if (options.leaky()) {
+        if (options.alpha) {
           block.d_next[r] = linked ? ring().row(next, b) : zeros.get();
           block.d[r] = ring().row(t, b);
         }
@@ -215,7 +299,7 @@ class AdjointLoop {
   }
 
   // d_{-1} for rows whose first step is t: the recursion once more, without g and without the
-  // clamp.
+  // clamp. It is zero for a row that restarts at once.
   void before_first(const AdjointWalk& walk, int64_t t, Range range, Range columns,
                     const Team& team) {
     const P* arriving[kBlockRows];
@@ -223,7 +307,8 @@ class AdjointLoop {
     for (int64_t b0 = range.begin; b0 < range.end; b0 += kBlockRows) {
       const int64_t count = smaller(kBlockRows, range.end - b0);
       for (int64_t r = 0; r < count; ++r) {
-        arriving[r] = s.linked(t, b0 + r) ? du_row(walk, t, b0 + r) : zero_row();
+        const bool wanted = rows.restart || s.kept(t, b0 + r);
+        arriving[r] = wanted ? du_row(walk, t, b0 + r) : zero_row();
         z[r] = product_row(team, r);
       }
       multiply(
@@ -231,10 +316,12 @@ class AdjointLoop {
           [&](int64_t first, int64_t last) {
             for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
               const int64_t b = b0 + r;
-              Vector<C> d = load(z[r] + j, lanes);
-              if (options.leaky() && s.linked(t, b))
-                d += options.rest * load(ring().row(t, b) + j, lanes);
-              store(rows.d0.data + b * rows.d0.row + j, d, lanes);
+              Vector<C> d = going_back(z[r], mask_row(b), ring().row(t, b), j, lanes, options);
+              const bool restarts = !s.kept(t, b);
+              if (restarts && rows.restart)
+                store(restart_row(b) + j, load(restart_row(b) + j, lanes) + d, lanes);
+              if (restarts) d = Vector<C>{};
+              if (rows.d0.data) store(rows.d0.data + b * rows.d0.row + j, d, lanes);
             });
           });
     }
@@ -247,17 +334,25 @@ class AdjointLoop {
   C* product_row(const Team& team, int64_t r) const {
     return products.get() + (team.index * kBlockRows + r) * H;
   }
+  C* restart_row(int64_t b) const { return restarts.get() + b * H; }
+  const S* mask_row(int64_t b) const {
+    return rows.mask.data ? rows.mask.data + b * rows.mask.row : nullptr;
+  }
   StateRing<C> ring() const { return {states.get(), s.B, H}; }
 
   const Schedule& s;
   const int64_t H;
-  const StepOptions<C> options;
+  const AdjointOptions<C> options;
+  const bool plain;
   const AdjointCell<S> cell;
   const AdjointRows<S> rows;
   const Panels<P> weight_hh;
   const Cut cut;
   Buffer<P> du;
+  Buffer<C> kept;
+  const bool keep_d;
   Buffer<C> states;
+  Buffer<C> restarts;
   Buffer<C> zeros;
   Buffer<C> products;
 };
@@ -271,8 +366,9 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   const Panels<P> weight_hh{panels.get(), p.H, p.H, s.B <= kFewRows};
   const int64_t chunk_rows = rows_per_chunk(s, p.H, p.H);
   const Cut cut = cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H);
-  AdjointLoop<S> loop(s, p.H, StepOptions<C>(p.alpha, p.clip), adjoint_cell<S, GivenGate>,
-                      {p.g, {}, p.gate, p.d, p.d0}, weight_hh, chunk_rows, cut);
+  AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, kAdjointCells<S, GivenGate>,
+                      {p.g, {}, p.gate, p.mask, p.d, p.d0, p.restart}, weight_hh, chunk_rows, cut,
+                      false);
   run_team(parallel, cut.threads, [&](const Team& team) {
     pack(weight_hh, p.weight_hh, team);
     team.wait();
@@ -283,6 +379,7 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
       team.wait();
     }
   });
+  loop.finish();
 }
 
 // ---- tangent
@@ -296,17 +393,18 @@ class TangentLoop {
         s(problem.schedule),
         parallel(parallel),
         cut(cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H)),
-        options(p.alpha, -1),
         panels(Panels<P>::size(p.H, p.H)),
         zeros(p.H),
-        q0(s.B * p.H),
+        q0(p.d0_in.data ? s.B * p.H : 0),
+        restart(p.restart_in.data ? s.B * p.H : 0),
+        masked(p.mask.data ? cut.threads * kBlockRows * p.H : 0),
         states(2 * s.B * p.H),
         products(cut.threads * kBlockRows * p.H) {}
 
   void run() {
     zeros.fill_zero(p.H);
-    for (int64_t b = 0; p.d0_in.data && b < s.B; ++b)
-      convert_row(p.d0_in.data + b * p.d0_in.row, q0.get() + b * p.H, p.H);
+    convert(p.d0_in, q0.get());
+    convert(p.restart_in, restart.get());
     run_team(parallel, cut.threads, [this](const Team& team) {
       pack_transposed(weight_hh(), p.weight_hh, team);
       team.wait();
@@ -322,24 +420,30 @@ class TangentLoop {
   using C = Compute<S>;
   using P = Operand<S>;
 
+  void convert(const Rows<const S>& state, P* to) const {
+    for (int64_t b = 0; state.data && b < s.B; ++b)
+      convert_row(state.data + b * state.row, to + b * p.H, p.H);
+  }
+
   void step(const Team& team, int64_t t, const Share& share) {
     const int64_t end = smaller(share.rows.end, s.rows_at(t));
-    const P* arriving[kBlockRows];
+    const P *arriving[kBlockRows], *entering[kBlockRows];
     C* z[kBlockRows];
     for (int64_t b0 = share.rows.begin; b0 < end; b0 += kBlockRows) {
       const int64_t count = smaller(kBlockRows, end - b0);
       for (int64_t r = 0; r < count; ++r) {
         arriving[r] = this->arriving(t, b0 + r);
+        entering[r] = p.mask.data ? this->entering(team, r, b0 + r, arriving[r]) : arriving[r];
         z[r] = products.get() + (team.index * kBlockRows + r) * p.H;
       }
       multiply(
-          weight_hh().of_step(t), share.columns.begin, share.columns.end, p.H, count, arriving,
+          weight_hh().of_step(t), share.columns.begin, share.columns.end, p.H, count, entering,
           nullptr, z, [](auto&&...) {},
           [&](int64_t first, int64_t last) {
             for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
               const int64_t b = b0 + r;
               Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
-              if (options.leaky()) q += options.rest * load(arriving[r] + j, lanes);
+              if (p.alpha) q += (1 - load(p.alpha + j, lanes)) * load(arriving[r] + j, lanes);
               q += load(s.row(p.g, t, b) + j, lanes);
               store(s.row(p.d, t, b) + j, q, lanes);
               store(ring().row(t, b) + j, rounded_to<S>(q), lanes);
@@ -349,9 +453,16 @@ class TangentLoop {
   }
 
   const P* arriving(int64_t t, int64_t b) const {
+    if (!s.kept(t, b)) return p.restart_in.data ? restart.get() + b * p.H : zeros.get();
     if (!s.linked(t, b)) return zeros.get();
     if (b < s.rows_continued(t)) return ring().row(s.before(t), b);
     return p.d0_in.data ? q0.get() + b * p.H : zeros.get();
+  }
+
+  const P* entering(const Team& team, int64_t slot, int64_t b, const P* arriving) const {
+    P* to = masked.get() + (team.index * kBlockRows + slot) * p.H;
+    mask_row<S>(p.mask.data + b * p.mask.row, arriving, to, p.H);
+    return to;
   }
 
   Panels<P> weight_hh() const { return {panels.get(), p.H, p.H, s.B <= kFewRows}; }
@@ -361,9 +472,8 @@ class TangentLoop {
   const Schedule& s;
   const Parallel& parallel;
   const Cut cut;
-  const StepOptions<C> options;
   Buffer<typename Product<P>::Unit> panels;
-  Buffer<P> zeros, q0, states;
+  Buffer<P> zeros, q0, restart, masked, states;
   Buffer<C> products;
 };
 

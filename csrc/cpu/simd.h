@@ -45,17 +45,6 @@ using Vector = typename vector_of<C>::type;
 template <class C>
 constexpr int kLanes = TORCH_BPTT_VECTOR_BYTES / int(sizeof(C));
 
-// The type a storage type is computed in.
-template <class S>
-struct compute_type {
-  using type = float;
-};
-template <>
-struct compute_type<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename compute_type<S>::type;
 template <class S>
 constexpr bool kNarrow = sizeof(S) < sizeof(float);
 

@@ -1,8 +1,8 @@
-// Sums of outer products over the rows of a chunk: dW_hh += du^T p, dW_ih += du^T x, dbias += sum
-// of du.
+// Sums over the rows of a chunk: dW_hh += du^T (m p), dW_ih += du^T x, dbias += sum of du,
+// dalpha += sum of d (f - p).
 //
-// One matrix product each, the rows being the summed index: p and x are copied into panels, du is
-// read as it lies.
+// The first two are one matrix product each, the rows being the summed index: m p and x are copied
+// into panels, du is read as it lies.
 #pragma once
 
 #include "team.h"
@@ -14,7 +14,7 @@ class WeightGradients {
  public:
   using P = Operand<S>;
 
-  WeightGradients(const BackwardProblem<S>& problem, int64_t chunk_rows)
+  WeightGradients(const BackwardProblem<S>& problem, int64_t chunk_rows, int threads)
       : p(problem),
         s(problem.schedule),
         du_pairs(kPairs && products() ? Panels<P>::units(chunk_rows) * p.H : 0),
@@ -22,44 +22,54 @@ class WeightGradients {
         panels_x(p.grad_weight_ih ? Panels<P>::size(chunk_rows, p.I) : 0),
         wide_hh(kNarrow<S> && p.grad_weight_hh ? p.H * p.H : 0),
         wide_ih(kNarrow<S> && p.grad_weight_ih ? p.H * p.I : 0),
-        bias_sum(p.grad_bias ? p.H : 0),
+        column_sum(p.H),
         bias_total(p.grad_bias ? p.H : 0),
+        masked(p.mask.data && p.grad_weight_hh ? threads * kMaskedRows * p.H : 0),
         zeros(p.H) {
     zeros.fill_zero(p.H);
     if (p.grad_bias) bias_total.fill_zero(p.H);
+    if (p.grad_alpha) std::memset(p.grad_alpha, 0, uint64_t(p.H) * sizeof(C));
   }
 
-  bool wanted() const { return products() || p.grad_bias; }
+  bool wanted() const { return products() || p.grad_bias || p.grad_alpha || p.norms; }
 
   // The thread's share of what add() reads; du (rows of the chunk, H).
   void pack(const Chunk& chunk, const P* du, const Team& team) {
     const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
     const auto pack_rows = [&](const Panels<P>& panels, const auto& row_of) {
       const Range mine = team.share(panels.count());
+      if (mine.begin == mine.end) return;
       int64_t t = chunk.t0, b = 0;
-      panels.pack(mine.begin, mine.end, [&](int64_t) {
-        const S* row = row_of(t, b);
+      panels.pack(mine.begin, mine.end, [&](int64_t k) {
+        const S* row = row_of(t, b, k);
         if (++b == s.rows_at(t)) b = 0, ++t;
         return row;
       });
     };
     if (p.grad_weight_hh)
-      pack_rows({panels_p.get(), rows, p.H}, [&](int64_t t, int64_t b) { return arriving(t, b); });
+      pack_rows({panels_p.get(), rows, p.H}, [&](int64_t t, int64_t b, int64_t k) {
+        return p.mask.data ? entering(t, b, k, team) : arriving(t, b);
+      });
     if (p.grad_weight_ih)
-      pack_rows({panels_x.get(), rows, p.I},
-                [&](int64_t t, int64_t b) { return static_cast<const S*>(s.row(p.x, t, b)); });
+      pack_rows({panels_x.get(), rows, p.I}, [&](int64_t t, int64_t b, int64_t) {
+        return static_cast<const S*>(s.row(p.x, t, b));
+      });
     if constexpr (kPairs)
       if (products()) pair_rows(du, rows, columns_of(team));
   }
 
   // Adds the packed chunk to the sums, or starts them: the thread's share of the rows of dW. All
-  // threads must have packed.
-  void add(int64_t rows, const P* du, bool start, const Team& team) const {
+  // threads must have packed. d is read for the gradient of alpha and for the norms alone.
+  void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start,
+           const Team& team) const {
+    const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
     if (p.grad_weight_hh)
       add_product({panels_p.get(), rows, p.H}, du, sums(wide_hh, p.grad_weight_hh), start, team);
     if (p.grad_weight_ih)
       add_product({panels_x.get(), rows, p.I}, du, sums(wide_ih, p.grad_weight_ih), start, team);
     if (p.grad_bias) add_bias(du, rows, columns_of(team));
+    if (p.grad_alpha) add_alpha(chunk, d, columns_of(team));
+    if (p.norms) write_norms(s.offset(chunk.t0), d, team.share(rows));
   }
 
   // Rounds the sums of the narrow types into the outputs; all must have added.
@@ -76,6 +86,7 @@ class WeightGradients {
   using Unit = typename Product<P>::Unit;
   static constexpr int64_t kTerms = Product<P>::kTerms;
   static constexpr bool kPairs = kTerms > 1;
+  static constexpr int64_t kMaskedRows = kTerms;  // as many as are packed at a time
 
   bool products() const { return p.grad_weight_hh || p.grad_weight_ih; }
 
@@ -85,9 +96,19 @@ class WeightGradients {
   }
 
   const S* arriving(int64_t t, int64_t b) const {
-    if (!s.kept(t, b)) return zeros.get();
+    if (!s.kept(t, b)) return p.restart.data ? p.restart.data + b * p.restart.row : zeros.get();
     if (b < s.rows_continued(t)) return s.row(p.h, s.before(t), b);
     return p.h0.data ? p.h0.data + b * p.h0.row : zeros.get();
+  }
+
+  // m p_t, in the scratch of the k-th row of the chunk.
+  const S* entering(int64_t t, int64_t b, int64_t k, const Team& team) const {
+    S* to = masked.get() + (team.index * kMaskedRows + k % kMaskedRows) * p.H;
+    const S *mask = p.mask.data + b * p.mask.row, *state = arriving(t, b);
+    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
+      store(to + j, load(mask + j, lanes) * load(state + j, lanes), lanes);
+    });
+    return to;
   }
 
   void pair_rows(const P* du, int64_t rows, Range columns) const {
@@ -103,17 +124,65 @@ class WeightGradients {
   }
 
   void add_bias(const P* du, int64_t rows, Range columns) const {
-    C* sum = bias_sum.get();
+    C* sum = column_sum.get();
     for (int64_t r = 0; r < rows; ++r) {
       for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
         const Vector<C> term = load(du + r * p.H + j, lanes);
         store(sum + j, r == 0 ? term : load(sum + j, lanes) + term, lanes);
       });
     }
-    C* total = bias_total.get();
+    add_columns(bias_total.get(), columns);
+  }
+
+  void add_alpha(const Chunk& chunk, const C* d, Range columns) const {
+    C* sum = column_sum.get();
+    bool first = true;
+    for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
+      for (int64_t b = 0; b < s.rows_at(t); ++b, d += p.H) {
+        const S *f = s.row(p.f, t, b), *state = arriving(t, b);
+        for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
+          const Vector<C> term = load(d + j, lanes) * (load(f + j, lanes) - load(state + j, lanes));
+          store(sum + j, first ? term : load(sum + j, lanes) + term, lanes);
+        });
+        first = false;
+      }
+    }
+    add_columns(p.grad_alpha, columns);
+  }
+
+  // total += the sums of the chunk's columns, so that rounding grows with rows and chunks, not with
+  // their product.
+  void add_columns(C* total, Range columns) const {
     for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
-      store(total + j, load(total + j, lanes) + load(sum + j, lanes), lanes);
+      store(total + j, load(total + j, lanes) + load(column_sum.get() + j, lanes), lanes);
     });
+  }
+
+  // Of the chunk's rows `mine`; its first row is row `offset` of all.
+  void write_norms(int64_t offset, const C* d, Range mine) const {
+    for (int64_t r = mine.begin; r < mine.end; ++r) p.norms[offset + r] = norm(d + r * p.H);
+  }
+
+  // Exploding and vanishing gradients are what the norms are for: where squares would overflow or
+  // vanish, the row is scaled by a power of two first.
+  C norm(const C* row) const {
+    constexpr bool kSingle = sizeof(C) == sizeof(float);
+    constexpr C kSmallest = kSingle ? 0x1p-100 : 0x1p-900, kScale = kSingle ? 0x1p90 : 0x1p600;
+    const C sum = sum_of_squares(row, 1);
+    if (sum >= kSmallest && sum - sum == 0) return C(__builtin_sqrt(sum));
+    const C scale = sum < kSmallest ? kScale : 1 / kScale;
+    return C(__builtin_sqrt(sum_of_squares(row, scale))) / scale;
+  }
+
+  C sum_of_squares(const C* row, C scale) const {
+    Vector<C> sum{};
+    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
+      const Vector<C> d = scale * load(row + j, lanes);
+      sum += d * d;
+    });
+    C total = 0;
+    for (int lane = 0; lane < kLanes<C>; ++lane) total += sum[lane];
+    return total;
   }
 
   // sum (H, N) += du^T panels, or = where the sums start.
@@ -154,8 +223,8 @@ class WeightGradients {
   const BackwardProblem<S>& p;
   const Schedule& s;
   Buffer<Unit> du_pairs, panels_p, panels_x;
-  Buffer<C> wide_hh, wide_ih, bias_sum, bias_total;
-  Buffer<S> zeros;
+  Buffer<C> wide_hh, wide_ih, column_sum, bias_total;
+  Buffer<S> masked, zeros;
 };
 
 TORCH_BPTT_KERNELS_END
