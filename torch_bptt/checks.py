@@ -3,6 +3,7 @@
 Where torch.nn.RNN has a message for the same mistake, type and words are torch.nn.RNN's.
 """
 
+import math
 import numbers
 
 import torch
@@ -174,11 +175,17 @@ def check_nonlinearity(name):
         )
 
 
-def check_options(operation, alpha, truncate, clip_grad_h):
+def check_options(operation, alpha, truncate, clip_grad_h, recurrent_dropout, noise):
     """Raise TypeError or ValueError unless the options beyond torch.nn.RNN make sense."""
+    real = numbers.Real
+    if not isinstance(alpha, torch.Tensor):
+        _check_number(operation, "alpha", alpha, real, "a number in (0, 1]", lambda a: 0 < a <= 1)
+    expected = "a number in [0, 1)"
     _check_number(
-        operation, "alpha", alpha, numbers.Real, "a number in (0, 1]", lambda a: 0 < a <= 1
+        operation, "recurrent_dropout", recurrent_dropout, real, expected, lambda p: 0 <= p < 1
     )
+    expected = "a finite number of at least 0"
+    _check_number(operation, "noise", noise, real, expected, lambda s: 0 <= s < math.inf)
     if truncate is not None:
         expected = "None or an int of at least 1"
         _check_number(operation, "truncate", truncate, numbers.Integral, expected, lambda k: k >= 1)
@@ -186,6 +193,69 @@ def check_options(operation, alpha, truncate, clip_grad_h):
         expected = "None or a number above 0"
         _check_number(
             operation, "clip_grad_h", clip_grad_h, numbers.Real, expected, lambda c: c > 0
+        )
+
+
+def check_checkpoint(operation, checkpoint, num_layers=1, directions=1):
+    """checkpoint as such, and on as many layers and directions."""
+    if checkpoint is None:
+        return
+    if checkpoint is not True:
+        expected = "None, True or an int of at least 1"
+        _check_number(
+            operation, "checkpoint", checkpoint, numbers.Integral, expected, lambda c: c >= 1
+        )
+    if num_layers > 1 and directions > 1:
+        raise ValueError(
+            f"{operation}: checkpoint must be None for several bidirectional layers, as each needs "
+            "all of the output of the one below, expected num_layers=1 or bidirectional=False, "
+            f"got num_layers={num_layers} and bidirectional=True"
+        )
+
+
+def check_need_output(need_output):
+    if not isinstance(need_output, bool):
+        raise TypeError(f"need_output must be a bool, got {need_output!r}")
+
+
+def check_alpha(operation, alpha, shapes):
+    """Shape and dtype of a tensor alpha, not its values."""
+    if not alpha.is_floating_point():
+        raise TypeError(f"{operation}: alpha must be a floating tensor, got {alpha.dtype}")
+    if alpha.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"{operation}: alpha must have the shape {expected}, got {tuple(alpha.shape)}"
+        )
+
+
+def check_alphas_values(operation, alpha):
+    """They lie in (0, 1], as far as the tensor has values."""
+    if alpha.is_meta:
+        return
+    wrong = alpha.detach()[~((alpha > 0) & (alpha <= 1))]
+    if len(wrong):
+        raise ValueError(f"{operation}: alpha must lie in (0, 1], got {wrong[0].item()}")
+
+
+def check_bool(operation, name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{operation}: {name} must be a bool, got {value!r}")
+
+
+def check_restart(restart, input, hidden_size):
+    """The state that rows start from after a reset."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if not isinstance(restart, torch.Tensor):
+        raise TypeError(f"restart must be None or a tensor, got {type(restart).__name__}")
+    if restart.shape != (hidden_size,):
+        raise ValueError(
+            f"restart must have the shape ({hidden_size},), got {tuple(restart.shape)}"
+        )
+    if restart.device != data.device or restart.dtype != data.dtype:
+        raise RuntimeError(
+            f"restart must be as input, expected {data.dtype} on {data.device}, "
+            f"got {restart.dtype} on {restart.device}"
         )
 
 

@@ -9,6 +9,7 @@ into one of the two by ``run`` and turned back at its end. There is no loop over
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,37 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks, reference
 from torch_bptt.autograd import Options, rnn_layer
+from torch_bptt.checkpoint import run_in_stretches
+
+
+class Layer(NamedTuple):
+    """One layer in one direction: its weights, and what else is of its own.
+
+    alpha: a number, or (H,) or () for a tensor.
+    restart: (H,) what rows restart from; None means zeros.
+    mask: (B, H) factors of the state in the recurrent product; None means ones.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    alpha: Tensor | float = 1.0
+    restart: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Draws(NamedTuple):
+    """What is drawn at random in a call; all zero when not training.
+
+    dropout: probability of a zero in the output of every layer but the last.
+    recurrent_dropout: probability that a unit is zero in the recurrent products of a sequence.
+    noise: standard deviation of what is added to the argument of f.
+    """
+
+    dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    noise: float = 0.0
 
 
 def rnn(
@@ -32,10 +64,15 @@ def rnn(
     reverse: bool = False,
     lengths: Sequence[int] | Tensor | int | None = None,
     reset: Tensor | None = None,
-    alpha: float = 1.0,
+    alpha: float | Tensor = 1.0,
     truncate: int | None = None,
     clip_grad_h: float | None = None,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    checkpoint: bool | int | None = None,
+    need_output: bool = True,
+    restart: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    noise: float = 0.0,
+) -> tuple[Tensor | PackedSequence | None, Tensor]:
     """Run one Elman layer over a whole sequence, in one direction.
 
         h_t = (1 - alpha) h_{t-1} + alpha f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)
@@ -64,13 +101,28 @@ def rnn(
             last step and always counts. (A flag ``done[t]`` that says that step t was the last of
             an episode is ``reset[t + 1]``.)
         alpha: the leak, a number in (0, 1]; 1 is Elman's network. Leaky rate units with time
-            constant tau, in the units of the time step dt, have alpha = dt / tau.
+            constant tau, in the units of the time step dt, have alpha = dt / tau. A tensor, () or
+            (H,), one for each unit, gets a gradient; that its values lie in (0, 1] is the caller's
+            care, for to look at them would wait for the device.
         truncate: k >= 1, truncated backpropagation: no gradient crosses from a row's step k, 2k,
             ... to the one before, as if the state were detached there. None never cuts.
         clip_grad_h: c > 0 clamps the gradient of every state to [-c, c] during backpropagation.
             None does not. A second derivative through it raises.
+        checkpoint: c >= 1, the steps between two states that are kept for backpropagation, which
+            computes the others again; True means ceil(sqrt(T)). Results are the same to rounding;
+            docs/memory.md has what it takes and gives. None keeps every state.
+        need_output: False returns None for the output. Memory then does not grow with T where no
+            gradient is recorded, and as T / c + c with checkpoint.
+        restart: the state that rows start from after a reset, (H,), dtype and device of input; None
+            means zeros.
+        recurrent_dropout: probability p, in [0, 1), that a unit counts as zero in the recurrent
+            products of a sequence, h_{t-1} W_hh^T. Each sequence draws its units once, for all
+            steps, and the others count 1 / (1 - p) times. The leak sees them all.
+        noise: standard deviation of the Gaussian numbers that are added to the argument of f, one
+            for every step, sequence and unit.
     Returns:
-        output: every state, shaped as input with H in place of I; a PackedSequence if input is one.
+        output: every state, shaped as input with H in place of I; a PackedSequence if input is one;
+            None without need_output.
         h_n: the state after each row's last step (its first step when reverse), (B, H) or (H,).
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it, what
@@ -84,36 +136,61 @@ def rnn(
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time: what
         it does and how to do it; the clamp: Graves (2013), Generating sequences with recurrent
-        neural networks.
+        neural networks; one mask a sequence: Gal and Ghahramani (2016), A theoretically grounded
+        application of dropout in recurrent neural networks.
     """
     checks.check_nonlinearity(nonlinearity)
-    checks.check_options("rnn", alpha, truncate, clip_grad_h)
+    checks.check_options("rnn", alpha, truncate, clip_grad_h, recurrent_dropout, noise)
+    if isinstance(alpha, Tensor):
+        checks.check_alpha("rnn", alpha, ((), (len(weight_hh),)))
+    if restart is not None:
+        checks.check_restart(restart, input, len(weight_hh))
+    checks.check_checkpoint("rnn", checkpoint)
     rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
     if hx is not None:
         one = not isinstance(input, PackedSequence) and input.dim() == 2
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
         hx = hx.unsqueeze(0)
-    layers = [(weight_ih, weight_hh, bias_ih, bias_hh)]
+    layers = [Layer(weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart)]
     options = [Options(nonlinearity, reverse, truncate or 0, clip_grad_h)]
-    output, h_n = run(input, hx, layers, options, batch_first, 0.0, lengths, reset, alpha)
+    draws = Draws(0.0, recurrent_dropout, noise)
+    output, h_n = run(
+        input, hx, layers, options, batch_first, draws, lengths, reset, checkpoint, need_output
+    )
     return output, h_n.squeeze(0)
 
 
-def run(input, hx, layers, options, batch_first, dropout, lengths, reset, alpha):
+def run(
+    input, hx, layers, options, batch_first, draws, lengths, reset, checkpoint, need_output,
+    observer=None,
+):  # fmt: skip
     """Run a stack of layers, each in every direction: what ``rnn`` and ``RNN`` share.
 
     Arguments:
         input, batch_first, lengths, reset: as in ``rnn``; input is checked.
         hx: (L * D, B, H), or (L * D, H) for one sequence, or None; checked, in the order of layers.
-        layers: L * D tuples (weight_ih, weight_hh, bias_ih, bias_hh), the directions of layer 0
-            first.
+        layers: L * D of them, the directions of layer 0 first.
         options: those of each direction, the same for all layers; checked.
-        dropout: probability of a zero in the output of every layer but the last; 0 when not
-            training.
+        draws: as the name says.
+        observer: gets to see every layer and direction; see ``diagnose``.
+        checkpoint, need_output: as in ``rnn``; checkpoint is checked.
     Returns:
-        output, with D * H features, and h_n, shaped as hx.
+        output, with D * H features, or None, and h_n, shaped as hx.
     """
-    stack = functools.partial(_stack, layers, options, dropout, alpha)
+    checks.check_need_output(need_output)
+    if observer is not None and not (checkpoint is None and need_output):
+        raise NotImplementedError(
+            "gradient_flow: checkpoint must be None and need_output True, as nothing may be "
+            f"computed twice or left out, got {checkpoint!r} and {need_output!r}"
+        )
+
+    def stack(x, hx, batch_sizes, reset):
+        network = _with_masks(layers, draws, x, batch_sizes)
+        call = network, options, draws, x, hx, batch_sizes, _keep(reset, options)
+        if checkpoint is None and need_output:
+            return _stack(*call, observer)
+        return run_in_stretches(_stack, *call, checkpoint, need_output)
+
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
         return _run_packed(stack, input, hx, reset)
@@ -123,7 +200,7 @@ def run(input, hx, layers, options, batch_first, dropout, lengths, reset, alpha)
         return _run_batch(stack, input, hx, lengths, reset, batch_first)
     hx, reset = (None if tensor is None else tensor.unsqueeze(1) for tensor in (hx, reset))
     output, h_n = _run_batch(stack, input.unsqueeze(1), hx, lengths, reset, False)
-    return output.squeeze(1), h_n.squeeze(1)
+    return output if output is None else output.squeeze(1), h_n.squeeze(1)
 
 
 def _run_batch(stack, input, hx, lengths, reset, batch_first):
@@ -137,7 +214,7 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
         return _run_padded(stack, input, hx, lengths, reset, batch_first)
     x = input.transpose(0, 1) if batch_first else input
     output, h_n = stack(x, hx, None, reset)
-    return output.transpose(0, 1) if batch_first else output, h_n
+    return output.transpose(0, 1) if batch_first and output is not None else output, h_n
 
 
 def _run_packed(stack, input, hx, reset):
@@ -150,7 +227,9 @@ def _run_packed(stack, input, hx, reset):
     hx = hx if hx is None or order is None else hx.index_select(1, order)
     output, h_n = stack(data, hx, batch_sizes, reset)
     h_n = h_n if inverse is None else h_n.index_select(1, inverse)
-    return PackedSequence(output, batch_sizes, order, inverse), h_n
+    if output is not None:
+        output = PackedSequence(output, batch_sizes, order, inverse)
+    return output, h_n
 
 
 def _run_padded(stack, input, hx, lengths, reset, batch_first):
@@ -174,31 +253,47 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
         output, h_n = stack(data, state, batch_sizes, reset)
     else:  # A step of no rows has the right shapes and dtypes, and gives every gradient, zero.
         output, h_n = stack(data.unsqueeze(0), state, None, None)
-        output = output.squeeze(0)
+        output = output if output is None else output.squeeze(0)
 
-    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
     hx = h_n.new_zeros(h_n.shape[0], rows, h_n.shape[2]) if hx is None else hx.to(h_n.dtype)
-    output = zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros)
-    return output, hx.index_copy(1, order, h_n)
+    h_n = hx.index_copy(1, order, h_n)
+    if output is None:
+        return None, h_n
+    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
+    return zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros), h_n
 
 
-def _stack(layers, options, dropout, alpha, x, hx, batch_sizes, reset):
-    """All layers over time-major rows; reset, (T, B), is False where a row does not exist."""
+def _with_masks(layers, draws, x, batch_sizes):
+    """The layers with masks for every sequence, drawn once for all of its steps."""
+    if not draws.recurrent_dropout:
+        return layers
+    rows = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return [
+        own._replace(mask=F.dropout(x.new_ones(rows, len(own.weight_hh)), draws.recurrent_dropout))
+        for own in layers
+    ]
+
+
+def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
+    """All layers over time-major rows; keep has one tensor, or None, per direction."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
-    keep = _keep(reset, options)
     for first in range(0, len(layers), len(options)):
         outputs = []
         for direction, own in enumerate(options):
             index = first + direction
+            probe = None if observer is None else observer.probe(x)
             output, last = layer(
-                x, states[index], *layers[index], batch_sizes, keep[direction], own, alpha
-            )
+                x, states[index], layers[index], batch_sizes, keep[direction], own, draws.noise,
+                probe,
+            )  # fmt: skip
+            if observer is not None:
+                observer.record(index, output, probe, batch_sizes, own.reverse)
             outputs.append(output)
             h_n.append(last)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        if dropout and first + len(options) < len(layers):
-            x = F.dropout(x, dropout)
+        if draws.dropout and first + len(options) < len(layers):
+            x = F.dropout(x, draws.dropout)
     return x, _join(h_n, packed)
 
 
@@ -220,21 +315,43 @@ def _join(states, packed):
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha=1.0):
+def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
     """One layer in one direction over time-major rows: what rnn_layer does not do."""
+    weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, mask = network
     if torch._C._is_any_autocast_enabled():
-        tensors = _autocast((x, h0, weight_ih, weight_hh, bias_ih, bias_hh))
-        x, h0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+        tensors = (x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart)
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart = _autocast(tensors)
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
-    alpha = None if alpha == 1 else x.new_full((len(weight_hh),), alpha, dtype=_computed(x))
+    alpha = _alpha(alpha, x, len(weight_hh))
+    restart = None if keep is None else _state(restart, x, batch_sizes)
+    mask = _state(mask, x, batch_sizes)
+    drawn = _noise(noise, x, len(weight_hh)) if noise else None
     return run_layer(
-        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha
-    )
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha, restart,
+        mask, drawn, probe,
+    )  # fmt: skip
 
 
-def _computed(x):
-    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+def _noise(deviation, x, hidden):
+    return deviation * torch.randn((*x.shape[:-1], hidden), dtype=x.dtype, device=x.device)
+
+
+def _alpha(alpha, x, hidden):
+    """One leak for each unit in the type that x is computed in, or None for Elman's network."""
+    dtype = torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+    if isinstance(alpha, Tensor):
+        return alpha.to(dtype).expand(hidden)
+    return None if alpha == 1 else x.new_full((hidden,), alpha, dtype=dtype)
+
+
+def _state(tensor, x, batch_sizes):
+    """(H,) or (B, H) as a state beside x, of which the first rows are there."""
+    if tensor is None:
+        return None
+    rows = x.shape[-2] if batch_sizes is None else int(batch_sizes[0])
+    state = tensor.expand(rows, -1) if tensor.dim() == 1 else tensor[:rows]
+    return state.to(x.dtype) if batch_sizes is not None else state.to(x.dtype).unsqueeze(0)
 
 
 def _autocast(tensors):
@@ -260,18 +377,21 @@ def _warn_of_complex():
 
 
 def _complex_layer(
-    x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha
-):
+    x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha, restart, mask,
+    noise, probe,
+):  # fmt: skip
     activation, reverse, truncate, clip = options
     if truncate or clip is not None:
         option = "truncate" if truncate else "clip_grad_h"
         raise NotImplementedError(
             f"{option} must be None for a complex input, got {truncate or clip}"
         )
+    if probe is not None:
+        raise NotImplementedError(f"gradient_flow: input must be real, got {x.dtype}")
     _warn_of_complex()
     weights = weight_ih, weight_hh, bias_ih, bias_hh
     output, h_n, _ = reference.rnn_forward(
-        x, h0, *weights, activation, batch_sizes, keep, alpha, reverse=reverse
+        x, h0, *weights, activation, batch_sizes, keep, alpha, restart, mask, noise, reverse
     )
     return output, h_n
 

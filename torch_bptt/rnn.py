@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
 from torch_bptt.autograd import Options
-from torch_bptt.functional import layer, run
+from torch_bptt.functional import Draws, Layer, layer, run
 
 
 class RNN(nn.RNNBase):
@@ -39,11 +39,22 @@ class RNN(nn.RNNBase):
         bidirectional: D = 2: every layer also runs from the last step to the first, and outputs are
             concatenated.
         device, dtype: of the parameters.
-        alpha, truncate, clip_grad_h: the leak, truncated backpropagation and clipping of the
-            gradient of every state; see ``torch_bptt.functional.rnn``. They apply to every layer.
+        alpha: the leak, a number in (0, 1], for every unit and layer; or a tensor of such, () for
+            all, (H,) for the units of every layer, or (L*D, H) for those of each layer and
+            direction. A tensor becomes a buffer, an nn.Parameter a parameter, which is learned;
+            docs/leaky-units.md says how to keep it within bounds.
+        learn_h0: True adds a parameter h0, at first zero: the states before the first step when hx
+            is None, and after a reset.
+        truncate, clip_grad_h, checkpoint: truncated backpropagation, clipping of the gradient of
+            every state, and the steps between states kept for backpropagation.
+        recurrent_dropout, noise: while training, probability that a unit is zero in the recurrent
+            products of a sequence, and standard deviation of Gaussian noise on the argument of f.
+            For these and the line before see ``torch_bptt.functional.rnn``. They apply to every
+            layer.
     Attributes:
         weight_ih_l{k}, weight_hh_l{k}, bias_ih_l{k}, bias_hh_l{k}: (H, I or D*H), (H, H), (H,) and
             (H,) of layer k; with the ending _reverse, those of the other direction.
+        h0: (L*D, H) with learn_h0, ordered as hx.
         mode: 'RNN_TANH', 'RNN_RELU', 'RNN_SIGMOID' or 'RNN_IDENTITY'.
     Raises:
         ValueError, TypeError: an argument makes no sense.
@@ -59,6 +70,20 @@ class RNN(nn.RNNBase):
 
     __jit_unused_properties__ = ("all_weights", "_flat_weights")
 
+    # What torch.nn.RNN does not have, and the values that switch it off.
+    _OPTIONS = {  # noqa: RUF012
+        "alpha": 1.0,
+        "learn_h0": False,
+        "truncate": None,
+        "clip_grad_h": None,
+        "checkpoint": None,
+        "recurrent_dropout": 0.0,
+        "noise": 0.0,
+    }
+
+    # Sees every layer and direction of a call; set by diagnose.gradient_flow.
+    _observer = None
+
     def __init__(
         self,
         input_size: int,
@@ -72,9 +97,13 @@ class RNN(nn.RNNBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        alpha: float = 1.0,
+        alpha: float | Tensor = 1.0,
+        learn_h0: bool = False,
         truncate: int | None = None,
         clip_grad_h: float | None = None,
+        checkpoint: bool | int | None = None,
+        recurrent_dropout: float = 0.0,
+        noise: float = 0.0,
         **unknown: object,
     ) -> None:
         if "proj_size" in unknown:
@@ -84,7 +113,9 @@ class RNN(nn.RNNBase):
                 f"RNN.__init__() got an unexpected keyword argument {next(iter(unknown))!r}"
             )
         checks.check_nonlinearity(nonlinearity)
-        checks.check_options("RNN", alpha, truncate, clip_grad_h)
+        checks.check_options("RNN", alpha, truncate, clip_grad_h, recurrent_dropout, noise)
+        checks.check_bool("RNN", "learn_h0", learn_h0)
+        checks.check_checkpoint("RNN", checkpoint, num_layers, 2 if bidirectional else 1)
         # RNNBase wants one of its own modes; all that it takes from it is the number of gates, one.
         super().__init__(
             "RNN_TANH",
@@ -100,9 +131,22 @@ class RNN(nn.RNNBase):
         )
         self.nonlinearity = nonlinearity
         self.mode = f"RNN_{nonlinearity.upper()}"
-        self.alpha = alpha
+        states = (len(self._all_weights), hidden_size)
+        if isinstance(alpha, Tensor):
+            checks.check_alpha("RNN", alpha, ((), (hidden_size,), states))
+            checks.check_alphas_values("RNN", alpha)
+        if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.learn_h0 = learn_h0
+        if learn_h0:
+            self.h0 = nn.Parameter(torch.zeros(states, device=device, dtype=dtype))
         self.truncate = truncate
         self.clip_grad_h = clip_grad_h
+        self.checkpoint = checkpoint
+        self.recurrent_dropout = recurrent_dropout
+        self.noise = noise
 
     def forward(
         self,
@@ -111,7 +155,8 @@ class RNN(nn.RNNBase):
         *,
         lengths: Sequence[int] | Tensor | int | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        need_output: bool = True,
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
         """Run all layers over a whole sequence.
 
         Arguments:
@@ -119,35 +164,67 @@ class RNN(nn.RNNBase):
                 PackedSequence.
             hx: states before the first step, (L*D, B, H), or (L*D, H) for one sequence, rows in the
                 caller's order; layer 0 forward, layer 0 reverse, layer 1 forward, ... None means
-                zeros.
+                zeros, or with learn_h0 the learned ones.
             lengths: how many steps of each row exist, (B,) integers from 0 to T in any order.
-            reset: (T, B) bool, (B, T) with batch_first: where rows start anew. Both directions
-                treat a segment between resets as a sequence of its own. For both see
-                ``torch_bptt.functional.rnn``.
+            reset: (T, B) bool, (B, T) with batch_first: where rows start anew, from zeros or with
+                learn_h0 from the learned states. Both directions treat a segment between resets as
+                a sequence of its own. For both see ``torch_bptt.functional.rnn``.
+            need_output: False returns None for the output, which then is not held either where no
+                gradient is recorded or with checkpoint.
         Returns:
-            output: the states of the last layer, (T, B, D*H) or as input has it.
+            output: the states of the last layer, (T, B, D*H) or as input has it; None without
+                need_output.
             h_n: the final state of each layer and direction, shaped and ordered as hx.
         Raises:
             ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
                 or ValueError.
         """
         layers = self._layers()
-        rows = checks.check_input(input, layers[0][0], self.input_size, self.batch_first)
+        rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first)
         if hx is not None:
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
+        if self.learn_h0:
+            h0 = self.h0
+            layers = [own._replace(restart=h) for own, h in zip(layers, h0.unbind(), strict=True)]
+            if hx is None:
+                one = not isinstance(input, PackedSequence) and input.dim() == 2
+                hx = h0 if one else h0.unsqueeze(1).expand(-1, rows, -1)
         activation = self.mode.removeprefix("RNN_").lower()
         options = [
             Options(activation, reverse, self.truncate or 0, self.clip_grad_h)
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
-        dropout = self.dropout if self.training else 0.0
-        return run(
-            input, hx, layers, options, self.batch_first, dropout, lengths, reset, self.alpha
+        draws = (
+            Draws(self.dropout, self.recurrent_dropout, self.noise) if self.training else Draws()
         )
+        return run(
+            input, hx, layers, options, self.batch_first, draws, lengths, reset,
+            self.checkpoint, need_output, self._observer,
+        )  # fmt: skip
 
     def _layers(self):
         missing = () if self.bias else (None, None)
-        return [(*look_up(self, names), *missing) for names in self._all_weights]
+        alpha, count = self.alpha, len(self._all_weights)
+        each = isinstance(alpha, Tensor) and alpha.dim() == 2
+        alphas = alpha.unbind() if each else [alpha] * count
+        return [
+            Layer(*look_up(self, names), *missing, own)
+            for names, own in zip(self._all_weights, alphas, strict=True)
+        ]
+
+    def reset_parameters(self):
+        """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays."""
+        others = {}
+        for name, parameter in self.named_parameters():
+            own = name.removeprefix("parametrizations.").split(".")[0]
+            if own in ("alpha", "h0"):
+                others[parameter] = (
+                    torch.zeros_like(parameter) if own == "h0" else parameter.clone()
+                )
+        super().reset_parameters()
+        with torch.no_grad():
+            for parameter, value in others.items():
+                parameter.copy_(value)
 
     @property
     def _flat_weights(self):
@@ -162,13 +239,21 @@ class RNN(nn.RNNBase):
         """Do nothing, for those who call it on torch.nn.RNN: the kernels need no flat copy."""
 
     def extra_repr(self):
-        options = {"nonlinearity": "tanh", "alpha": 1.0, "truncate": None, "clip_grad_h": None}
-        changed = [name for name, default in options.items() if getattr(self, name) != default]
-        return super().extra_repr() + "".join(f", {name}={getattr(self, name)}" for name in changed)
+        options = {"nonlinearity": "tanh", **self._OPTIONS}
+        changed = {name: getattr(self, name) for name in options}
+        changed = {
+            name: f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else value
+            for name, value in changed.items()
+            if isinstance(value, Tensor) or value != options[name]
+        }
+        return super().extra_repr() + "".join(f", {name}={v}" for name, v in changed.items())
 
     def __setstate__(self, state):
-        defaults = {"alpha": 1.0, "truncate": None, "clip_grad_h": None}
-        super().__setstate__({**defaults, **state})
+        own = {*state, *state["_parameters"], *state["_buffers"], *state["_modules"]}
+        missing = {name: value for name, value in self._OPTIONS.items() if name not in own}
+        if "parametrizations" in own and "alpha" in state["_modules"]["parametrizations"]:
+            del missing["alpha"]
+        super().__setstate__({**missing, **state})
 
     @classmethod
     def from_torch(cls, module: nn.RNN) -> "RNN":
@@ -190,12 +275,8 @@ class RNN(nn.RNNBase):
         Raises:
             ValueError: an option is in use that torch.nn.RNN does not have; the message names it.
         """
-        expressible = {
-            "nonlinearity": ("tanh", "relu"),
-            "alpha": (1.0,),
-            "truncate": (None,),
-            "clip_grad_h": (None,),
-        }
+        expressible = {name: (value,) for name, value in self._OPTIONS.items()}
+        expressible["nonlinearity"] = ("tanh", "relu")
         _check_expressible(self, "torch.nn.RNN", expressible)
         return _as(nn.RNN, self, RNN)
 
@@ -255,7 +336,7 @@ class RNNCell(nn.RNNCellBase):
         batched = input.dim() == 2
         if not batched:
             input, hx = input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)
-        h, _ = layer(input, hx, *weights, None, None, Options(self.nonlinearity))
+        h, _ = layer(input, hx, Layer(*weights), None, None, Options(self.nonlinearity))
         return h if batched else h.squeeze(0)
 
     @classmethod
@@ -335,9 +416,10 @@ def _for_script(module):
 
 def _check_expressible(module, target, expressible):
     for name, values in expressible.items():
-        if getattr(module, name) not in values:
+        value = getattr(module, name)
+        if isinstance(value, Tensor) or value not in values:
             expected = " or ".join(map(repr, values))
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
-                f"to_torch: {name} must be {expected}, as {target} knows nothing else, "
-                f"got {getattr(module, name)!r}"
+                f"to_torch: {name} must be {expected}, as {target} knows nothing else, got {got}"
             )
