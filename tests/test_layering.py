@@ -19,7 +19,7 @@ KNOWS_PYTHON = re.compile(r"pybind11|\bPy(?!Torch)[A-Z]\w+|Python\.h|torch/(exte
 
 # The Python side from top to bottom: a module imports from the package only what comes after it.
 ORDER = [
-    "__main__", "bench", "__init__", "convert", "rnn", "functional", "checks", "autograd",
+    "__main__", "bench", "__init__", "convert", "init", "rnn", "functional", "checks", "autograd",
     "operators", "_extension", "reference", "_C",
 ]  # fmt: skip
 

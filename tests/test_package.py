@@ -23,7 +23,7 @@ def test_public_names_and_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", torch_bptt.__version__)
 
 
-@pytest.mark.parametrize("name", ["functional", "rnn", "convert"])
+@pytest.mark.parametrize("name", ["functional", "rnn", "convert", "init"])
 def test_examples_in_docstrings_run(name):
     module = sys.modules[f"torch_bptt.{name}"]
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
