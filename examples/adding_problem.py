@@ -130,6 +130,8 @@ def train(T: int, init: str, args: argparse.Namespace, progress: "Progress") -> 
         loss = mse_loss(model(x), target)
         optimizer.zero_grad()
         loss.backward()
+        # Where the state grows without bound, the squares of gradients overflow in the norm.
+        nn.utils.clip_grad_value_(model.parameters(), 1e3)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         result.losses.append(loss.item())
@@ -195,8 +197,9 @@ class Progress:
 
 def curve(losses: list[float]) -> list[tuple[int, float]]:
     """Means of the loss over windows that do not overlap: (last step of the window, mean)."""
-    ends = range(WINDOW, len(losses) + 1, WINDOW)
-    return [(end, statistics.fmean(losses[end - WINDOW : end])) for end in ends]
+    window = min(WINDOW, len(losses))
+    ends = range(window, len(losses) + 1, window)
+    return [(end, statistics.fmean(losses[end - window : end])) for end in ends]
 
 
 def flow(gradient: Tensor) -> Tensor:
