@@ -238,7 +238,9 @@ def report(results: list[Result], args: argparse.Namespace) -> None:
     print("\nof the gradient dL/dh of the last state, this much arrived at the first, untrained:")
     for init in INITS:
         left = (flow(result.gradient)[0] for result in results if result.init == init)
-        print(f"{init:12}" + "".join(f"{norm:>24.1e}" for norm in left))
+        # The squares of still smaller norms are zero in float64.
+        cells = (f"{norm:.1e}" if norm > 1e-150 else "below 1e-150" for norm in left)
+        print(f"{init:12}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def draw(results: list[Result], args: argparse.Namespace) -> Path:
