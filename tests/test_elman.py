@@ -376,8 +376,8 @@ def test_with_checkpoint_no_tensor_has_all_steps():
         return seen.elements
 
     assert largest(None) == rows * H
-    # The losses. A stretch of 50 steps has 50 B H = 0.3 of these, the states of two layers at the 49
-    # ends of stretches 98 B H = 0.6.
+    # The losses. A stretch of 50 steps has 50 B H = 0.3 of these, and the states of two layers at
+    # the 49 ends of stretches 98 B H = 0.6.
     assert largest(True) == rows
 
 

@@ -17,7 +17,6 @@ from torch_bptt import checks
 from torch_bptt.autograd import Options
 from torch_bptt.functional import Draws, Layer, layer, run
 
-
 _NO_DRAWS = Draws()
 
 
