@@ -27,7 +27,7 @@ shift that is a drift which grows with T, and at T = 400 it ruined the training.
 
 Symbols: T steps, B batch, H hidden size.
 
-    python examples/adding_problem.py            # some minutes on two cores
+    python examples/adding_problem.py            # two or three minutes on one core
     python examples/adding_problem.py --quick    # seconds: tiny, to see that everything runs
     python examples/adding_problem.py --help
 """
