@@ -272,7 +272,7 @@ def _transformed() -> bool:
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
-    return forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def run_in_stretches(
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
     # A second bidirectional layer waits for the whole output of the first.
-    whole = autograd._transformed() or len(layers) > directions > 1
+    whole = _transformed() or len(layers) > directions > 1
     graph = not whole and _records_gradient((x, hx, layers, options))
     if whole or (checkpoint is None if graph else need_output):
         output, h_n = stack(layers, options, draws, x, hx, batch_sizes, keep)
@@ -93,8 +93,12 @@ def _take_tensors(tree):
     return tensors, put_back
 
 
+def _transformed():
+    return torch.compiler.is_compiling() or autograd._transformed()
+
+
 def _refuse_transforms():
-    if autograd._transformed():
+    if _transformed():
         raise NotImplementedError(
             "checkpoint must be None under transforms (torch.func, forward mode, torch.compile, "
             "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "

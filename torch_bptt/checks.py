@@ -143,19 +143,31 @@ def check_no_lengths(lengths):
         )
 
 
-def check_lengths(lengths, steps, rows):
-    """lengths as (B,) int64 on the CPU; one number will do for one row."""
-    expected = f"lengths must be integers, one per row, expected ({rows},) torch.int64"
+def check_lengths(lengths, steps, rows, device="cpu"):
+    """lengths as (B,) int64 on the CPU; one number will do for one row.
+
+    Where torch traces the program they go to ``device``, and their values are looked at when it
+    runs.
+    """
+    traced = torch.compiler.is_compiling()
+
+    def expected():  # called where it is wanted, as a number in a string is a constant to a trace
+        return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
+
     try:
-        given = torch.as_tensor(lengths, device="cpu")
+        given = torch.as_tensor(lengths, device=device if traced else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{expected}, got {lengths!r}") from error
+        raise TypeError(f"{expected()}, got {lengths!r}") from error
     fractional = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
     if given.numel() and fractional:  # an empty list is of torch's default dtype
-        raise TypeError(f"{expected}, got {given.dtype}")
+        raise TypeError(f"{expected()}, got {given.dtype}")
     if given.shape != (rows,) and not (given.dim() == 0 and rows == 1):
-        raise ValueError(f"{expected}, got {tuple(given.shape)}")
+        raise ValueError(f"{expected()}, got {tuple(given.shape)}")
     given = given.to(torch.int64).reshape(rows)
+    if traced:
+        message = "lengths must lie within the steps of input, expected 0 to the number of steps"
+        torch._assert_async(((given >= 0) & (given <= steps)).all(), message)
+        return given
     wrong = ((given < 0) | (given > steps)).nonzero()
     if len(wrong):
         row = int(wrong[0])

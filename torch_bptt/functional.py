@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_bptt import checks, reference
 from torch_bptt.autograd import Options, rnn_layer
 from torch_bptt.checkpoint import run_in_stretches
+from torch_bptt.padded import Padding
 
 
 class Layer(NamedTuple):
@@ -178,18 +179,24 @@ def run(
         output, with D * H features, or None, and h_n, shaped as hx.
     """
     checks.check_need_output(need_output)
+    if observer is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "gradient_flow: the model must not be compiled, as nobody sees its layers then, got "
+            "one in torch.compile or torch.export: watch the model itself"
+        )
     if observer is not None and not (checkpoint is None and need_output):
         raise NotImplementedError(
             "gradient_flow: checkpoint must be None and need_output True, as nothing may be "
             f"computed twice or left out, got {checkpoint!r} and {need_output!r}"
         )
 
-    def stack(x, hx, batch_sizes, reset):
+    def stack(x, hx, batch_sizes, reset, padding=None):
         network = _with_masks(layers, draws, x, batch_sizes)
         call = network, options, draws, x, hx, batch_sizes, _keep(reset, options)
         if checkpoint is None and need_output:
-            return _stack(*call, observer)
-        return run_in_stretches(_stack, *call, checkpoint, need_output)
+            return _stack(*call, observer, padding)
+        run_stack = functools.partial(_stack, padding=padding)
+        return run_in_stretches(run_stack, *call, checkpoint, need_output)
 
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
@@ -210,10 +217,16 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
     if batch_first and reset is not None:
         reset = reset.T
     if lengths is not None:
-        lengths = checks.check_lengths(lengths, steps, input.shape[0 if batch_first else 1])
-        return _run_padded(stack, input, hx, lengths, reset, batch_first)
-    x = input.transpose(0, 1) if batch_first else input
-    output, h_n = stack(x, hx, None, reset)
+        lengths = checks.check_lengths(
+            lengths, steps, input.shape[0 if batch_first else 1], input.device
+        )
+    x, padding = input.transpose(0, 1) if batch_first else input, None
+    if lengths is not None:
+        if not torch.compiler.is_compiling():
+            return _run_padded(stack, input, hx, lengths, reset, batch_first)
+        padding = Padding.of(lengths, steps)
+        x, reset = padding.clear(x), None if reset is None else reset & padding.existing
+    output, h_n = stack(x, hx, None, reset, padding)
     return output.transpose(0, 1) if batch_first and output is not None else output, h_n
 
 
@@ -274,7 +287,7 @@ def _with_masks(layers, draws, x, batch_sizes):
     ]
 
 
-def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
+def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None, padding=None):
     """All layers over time-major rows; keep has one tensor, or None, per direction."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
@@ -282,6 +295,13 @@ def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
         outputs = []
         for direction, own in enumerate(options):
             index = first + direction
+            if padding is not None:
+                output, last = padding.run(
+                    layer, x, states[index], layers[index], keep[direction], own, draws.noise
+                )
+                outputs.append(output)
+                h_n.append(last)
+                continue
             probe = None if observer is None else observer.probe(x)
             output, last = layer(
                 x, states[index], layers[index], batch_sizes, keep[direction], own, draws.noise,
