@@ -46,7 +46,7 @@ def _explain_unlike(tensors):
             )
 
 
-def check_input(input, weight_ih, input_size, batch_first):
+def check_input(input, weight_ih, input_size, batch_first, hx=None):
     """Dimensions, dtype and features of input; returns its number of rows, 1 for one sequence."""
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
@@ -67,8 +67,21 @@ def check_input(input, weight_ih, input_size, batch_first):
             f"Expected {input_size}, got {data.shape[-1]}"
         )
     if packed:
-        return int(input.batch_sizes[0])
+        return count_rows(input, hx)
     return 1 if dims == 2 else data.shape[0 if batch_first else 1]
+
+
+def count_rows(packed, hx=None, reset=None):
+    """The sequences of a PackedSequence.
+
+    Where torch traces the program it knows no values, so shapes have to say it; where they are
+    those of hx or reset, the operator checks them when it runs.
+    """
+    if torch.compiler.is_compiling():
+        for tensor, rows in ((packed.sorted_indices, 0), (hx, -2), (reset, -1)):
+            if tensor is not None:
+                return tensor.shape[rows]
+    return int(packed.batch_sizes[0])
 
 
 def check_hidden(hx, expected):

@@ -147,7 +147,7 @@ def rnn(
     if restart is not None:
         checks.check_restart(restart, input, len(weight_hh))
     checks.check_checkpoint("rnn", checkpoint)
-    rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
+    rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first, hx)
     if hx is not None:
         one = not isinstance(input, PackedSequence) and input.dim() == 2
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
@@ -233,7 +233,7 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
 def _run_packed(stack, input, hx, reset):
     data, batch_sizes, order, inverse = input
     if reset is not None:
-        existing = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]
+        existing = torch.arange(checks.count_rows(input, reset=reset)) < batch_sizes[:, None]
         checks.check_reset(reset, existing.shape, data.device)
         reset = reset if order is None else reset.index_select(1, order)
         reset = reset & existing.to(data.device)
