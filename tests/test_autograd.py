@@ -620,15 +620,16 @@ def test_the_gradient_of_the_probe_is_the_norm_of_every_states(case, dtype, crea
     torch.testing.assert_close(norms.double(), expected, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e30])
-def test_norms_neither_overflow_nor_vanish(size, dtype):
+@pytest.mark.parametrize("size", [0.0, 1e-36, 1e-30, 1e-19, 1e19, 1e30, torch.inf])
+def test_norms_neither_overflow_nor_vanish(size, dtype, create_graph):
     """Of entries whose squares do, in float32."""
-    size = size if dtype == torch.float32 else size**8
+    size = size if dtype == torch.float32 else size**7
     p = problem(Case(T=1, activation="identity"), dtype)
     probe = torch.zeros(1, 7, dtype=dtype, requires_grad=True)
     output, _ = call(p, p.inputs, probe=probe)
-    (norms,) = torch.autograd.grad(output, [probe], size * p.grad_h)
+    (norms,) = torch.autograd.grad(output, [probe], size * p.grad_h, create_graph=create_graph)
     expected = size * torch.linalg.vector_norm(p.grad_h, dim=-1)
     torch.testing.assert_close(norms, expected, rtol=20 * torch.finfo(dtype).eps, atol=0)
 

@@ -150,3 +150,15 @@ def test_memory_of_a_step():
     extra, output = map(int, printed.split())
     assert output == 8 * 4
     assert extra < 2**20
+
+
+def test_checkpointing(tmp_path):
+    path = tmp_path / "machine.csv"
+    sizes = ("--sizes", 400, 2, 3, 4)
+    way = "torch_bptt.RNN, checkpoint, no output"
+    command = (BENCHMARKS / "checkpoint.py", *sizes, "--ways", way, "--calls", 2, "--csv", path)
+    assert f"{way}  " in python(*command, check=True).stdout
+    [row] = read(path)
+    assert (row["case"], row["provider"]) == ("T400-B2-I3-H4", way)
+    assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+    assert float(row["extra_mib"]) < 4

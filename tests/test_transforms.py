@@ -1,6 +1,8 @@
 """RNN under autocast, grad modes, torch.func, parametrizations and threads."""
 
 import copy
+import gc
+import resource
 import threading
 
 import pytest
@@ -386,3 +388,38 @@ def test_export_with_a_dynamic_size(dimension):
     other = randn(9, 3, 3) if dimension == 0 else randn(5, 7, 3)
     for got, expected in zip(program.module()(other), ours(other), strict=True):
         assert_same("result", got, expected)
+
+
+# ---- activation checkpointing
+
+
+def test_activation_checkpointing_is_the_plain_run():
+    ours, _ = pair(3, 4, 2, bidirectional=True)
+
+    def checkpointed(input, hx):
+        return torch.utils.checkpoint.checkpoint(ours, input, hx, use_reentrant=False)
+
+    checkpointed.named_parameters = ours.named_parameters
+    assert_same_run(run(checkpointed, randn(5, 2, 3)), run(ours, randn(5, 2, 3)))
+
+
+def test_activation_checkpointing_leaves_nothing_behind():
+    """It stops the second forward by an exception; what was made until then must go."""
+    rnn, input = RNN(16, 128), torch.zeros(2000, 16, 16)  # an output of 15.6 MiB
+
+    def step():
+        output, _ = torch.utils.checkpoint.checkpoint(rnn, input, use_reentrant=False)
+        output.sum().backward()
+
+    step(), step()
+    before = resident()
+    for _ in range(10):
+        step()
+    assert resident() - before < 80 * 2**20, "of ten outputs more than five are still there"
+
+
+def resident():
+    """Bytes of this process in memory."""
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()

@@ -1,9 +1,13 @@
 """torch_bptt: torch.nn.RNN with fused backpropagation through time. Change one import."""
 
-from torch_bptt import functional, reference
+from torch_bptt import diagnose, functional, reference
 from torch_bptt.convert import convert
+from torch_bptt.elman import ElmanNetwork
 from torch_bptt.rnn import RNN, RNNCell
 from torch_bptt.tbptt import tbptt
 
 __version__ = "0.1.0"
-__all__ = ["RNN", "RNNCell", "__version__", "convert", "functional", "reference", "tbptt"]
+__all__ = [
+    "RNN", "ElmanNetwork", "RNNCell", "__version__", "convert", "diagnose", "functional",
+    "reference", "tbptt",
+]  # fmt: skip

@@ -89,7 +89,7 @@ def rnn_layer(
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
-    if _transformed():
+    if _needs_function():
         h, h_n, _ = RNNForward.apply(
             *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
         )
@@ -265,14 +265,28 @@ def _refuse_nested_forward_mode() -> None:
 
 
 def _transformed() -> bool:
-    """Whether torch rewrites what runs now, for which it needs a Function in Python.
+    """Whether torch rewrites what runs now."""
+    return torch.compiler.is_compiling() or _needs_function()
 
-    Else an operator whose node in the graph is in C++ will do, which takes less time.
+
+def _needs_function() -> bool:
+    """Whether that takes a Function in Python.
+
+    Else an operator whose node in the graph is in C++ will do, which takes less time. torch.compile
+    and torch.export see through it.
     """
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
-    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        # torch.utils.checkpoint stops a second forward by an exception out of such a hook, which
+        # leaves a node in C++ half made, in a cycle with its output that nothing frees.
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -450,9 +464,14 @@ def backward_with_graph(
 
 
 def _norms(d: Tensor) -> Tensor:
-    """|d_t| of every row, a number to look at and not to differentiate."""
-    wide = d.detach() if d.dtype == torch.float64 else d.detach().float()
-    return torch.linalg.vector_norm(wide, dim=-1)
+    """|d_t| of every row, a number to look at and not to differentiate.
+
+    The largest entry is taken out first, so that squares neither overflow nor vanish.
+    """
+    d = d.detach() if d.dtype == torch.float64 else d.detach().float()
+    largest = d.abs().amax(-1, keepdim=True)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return largest.squeeze(-1) * torch.linalg.vector_norm(d / largest, dim=-1)
 
 
 class RNNBackward(Function):

@@ -8,9 +8,9 @@ backward wants it, so that only the states between stretches, and one stretch, a
 Of T steps that is T / c states and c steps, least for c = sqrt(T). A stretch is one call of
 ``functional._stack``, all layers at once.
 
-torch.utils.checkpoint around every stretch gives the same, but takes hundreds of microseconds for
-each and a second copy of the output to join its parts, and it adds up the gradients of bfloat16
-weights in bfloat16.
+torch.utils.checkpoint around every stretch gives the same, but takes longer, keeps small tensors
+between those that it frees, which malloc then cannot use again, needs a second copy of the output
+to join its parts, and adds up the gradients of bfloat16 weights in bfloat16.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from torch_bptt import autograd, checks
 
-# Numbers in the output of one stretch where nothing is kept: 4 MiB of float32. A call takes little
-# beside so many.
-AT_ONCE = 2**20
+# Numbers in the output of one stretch where nothing is kept: 1 MiB of float32, beside which the
+# time of a call is little.
+AT_ONCE = 2**18
 
 
 def run_in_stretches(
@@ -47,17 +46,22 @@ def run_in_stretches(
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
     # A second bidirectional layer waits for the whole output of the first.
-    whole = _transformed() or len(layers) > directions > 1
-    graph = not whole and _records_gradient((x, hx, layers, options))
-    if whole or (checkpoint is None if graph else need_output):
+    whole = autograd._transformed() or len(layers) > directions > 1
+    if not whole:
+        steps, rows = (
+            x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
+        )
+        graph = torch.is_grad_enabled() and _any_requires_grad((x, hx, layers, options))
+        if graph:
+            length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
+            whole = checkpoint is None
+        else:
+            length = max(1, AT_ONCE // max(1, rows * hidden))
+            whole = need_output or steps <= length
+    if whole:
         output, h_n = stack(layers, options, draws, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n
 
-    steps, rows = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-    if not graph:
-        length = max(1, AT_ONCE // max(1, rows * hidden))
-    else:
-        length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
     hx = x.new_zeros(len(layers), rows, hidden) if hx is None else hx
     outputs, states = [], []
     for way, h0 in enumerate(hx.chunk(directions)):
@@ -72,9 +76,8 @@ def run_in_stretches(
     return torch.cat(outputs, -1) if need_output else None, torch.cat(states)
 
 
-def _records_gradient(tree):
-    tensors, _ = _take_tensors(tree)
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _any_requires_grad(tree):
+    return any(tensor.requires_grad for tensor in _take_tensors(tree)[0])
 
 
 def _take_tensors(tree):
@@ -93,12 +96,8 @@ def _take_tensors(tree):
     return tensors, put_back
 
 
-def _transformed():
-    return torch.compiler.is_compiling() or autograd._transformed()
-
-
 def _refuse_transforms():
-    if _transformed():
+    if autograd._transformed():
         raise NotImplementedError(
             "checkpoint must be None under transforms (torch.func, forward mode, torch.compile, "
             "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "
@@ -201,12 +200,12 @@ def _replace(state, rows):
     return torch.cat([rows, state[:, batch:].to(rows.dtype)], 1)
 
 
-def _forward(plan, x, h0, *tensors, note=lambda arriving: None):
-    """The output, if it is needed, and h_n; ``note`` is called with what arrives at a stretch."""
+def _forward(plan, x, h0, *tensors, note=lambda number, state: None):
+    """The output, if it is needed, and h_n; ``note`` gets the state before every stretch."""
     network, output, state = plan.put_back(tensors), None, h0
-    for stretch in plan.stretches:
+    for number, stretch in enumerate(plan.stretches):
+        note(number, state)
         arriving = state[:, : stretch.batch]
-        note(arriving)
         part, last = plan.run(stretch, x[stretch.rows], arriving, network)
         state = _replace(state, last)
         if plan.need_output:
@@ -221,15 +220,25 @@ class Checkpointed(Function):
 
     @staticmethod
     def forward(ctx, plan, x, h0, *tensors):
-        states, numbers = [], []
+        # What is kept is kept in one place. Small tensors that stay, among large ones that go,
+        # would cut up the memory that malloc has for the next stretch: with three layers it took
+        # hundreds of megabytes more.
+        count, states, numbers = len(plan.stretches), None, None
+        if plan.random:
+            numbers = _generator(x.device).get_state().repeat(count, 1)
 
-        def note(arriving):
-            states.append(arriving)
-            numbers.append(_random_state(x) if plan.random else None)
+        def note(number, state):
+            nonlocal states
+            if number == 1:
+                states = state.new_empty(count - 1, *state.shape)
+            if number > 0:
+                states[number - 1] = state
+            if plan.random:
+                numbers[number] = _generator(x.device).get_state()
 
         output, h_n = _forward(plan, x, h0, *tensors, note=note)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, *tensors, *states)
+        ctx.save_for_backward(x, h0, *tensors, states)
         ctx.plan, ctx.numbers, ctx.autocast = plan, numbers, _autocast(x.device.type)
         return output, h_n
 
@@ -238,8 +247,7 @@ class Checkpointed(Function):
         wanted = ctx.needs_input_grad[1:]
         if grad_output is None and grad_h_n is None:
             return (None,) * (1 + len(wanted))
-        saved = ctx.saved_tensors
-        inputs, states = saved[: len(wanted)], saved[len(wanted) :]
+        *inputs, states = ctx.saved_tensors
         if torch.is_grad_enabled():
             grads = _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted)
         else:
@@ -257,16 +265,13 @@ def _backward(ctx, grad_output, grad_h_n, inputs, states, wanted):
     network, chosen = ctx.plan.put_back(tensors), [t for t in tensors if t.requires_grad]
     sums, grad_x = [_zero_sum(tensor) for tensor in chosen], torch.empty_like(x) if of_x else None
     d = torch.zeros_like(h0) if grad_h_n is None else grad_h_n
-    for stretch, arriving, numbers in zip(
-        reversed(ctx.plan.stretches), reversed(states), reversed(ctx.numbers), strict=True
-    ):
-        arriving = arriving.detach().requires_grad_()
+    for number, stretch in reversed(list(enumerate(ctx.plan.stretches))):
+        arriving = states[number - 1] if number else h0
+        arriving = arriving[:, : stretch.batch].detach().requires_grad_()
         part = x[stretch.rows].detach().requires_grad_(of_x)
         ends = d[:, : stretch.batch], None if grad_output is None else grad_output[stretch.rows]
         leaves = [arriving, *([part] if of_x else []), *chosen]
-        grad, *grads = _backward_of_one(
-            ctx, stretch, part, arriving, network, numbers, leaves, ends
-        )
+        grad, *grads = _backward_of_one(ctx, number, part, arriving, network, leaves, ends)
         d = _replace(d, torch.zeros_like(grad) if stretch.cut else grad)
         if of_x:
             grad_x[stretch.rows] = grads.pop(0)
@@ -277,13 +282,13 @@ def _backward(ctx, grad_output, grad_h_n, inputs, states, wanted):
     return grad_x, d if of_h0 else None, *(next(of_chosen) if of else None for of in of_tensors)
 
 
-def _backward_of_one(ctx, stretch, x, arriving, network, numbers, leaves, ends):
+def _backward_of_one(ctx, number, x, arriving, network, leaves, ends):
     """The gradients of leaves from those of the last states and the output of one stretch.
 
     Whatever the stretch holds is free again on return.
     """
-    with torch.enable_grad(), ctx.autocast(), _replayed(numbers):
-        output, last = ctx.plan.run(stretch, x, arriving, network)
+    with torch.enable_grad():
+        output, last = _run_again(ctx, number, x, arriving, network)
     d, grad_output = ends
     results, grads = ([last], [d]) if grad_output is None else ([last, output], [d, grad_output])
     return torch.autograd.grad(results, leaves, grads, allow_unused=True)
@@ -305,11 +310,10 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
     bounds = sorted((s.rows.start, s.rows.stop) for s in ctx.plan.stretches)
     x_parts = x.split([stop - start for start, stop in bounds])
     x_parts = {start: part for (start, _), part in zip(bounds, x_parts, strict=True)}
-    for stretch, numbers in zip(ctx.plan.stretches, ctx.numbers, strict=True):
+    for number, stretch in enumerate(ctx.plan.stretches):
         first, arriving = stretch.rows.start, state[:, : stretch.batch]
         arriving = arriving.detach() if stretch.cut else arriving
-        with ctx.autocast(), _replayed(numbers):
-            parts[first], last = ctx.plan.run(stretch, x_parts[first], arriving, network)
+        parts[first], last = _run_again(ctx, number, x_parts[first], arriving, network)
         state = _replace(state, last)
     output = torch.cat([parts[first] for first in sorted(parts)])
     ends = [(output, grad_output), (state, grad_h_n)]
@@ -326,7 +330,29 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
     return [next(found) if of else None for of in wanted]
 
 
-# ---- what a second run must have as the first had it ---------------------------------------------
+# ---- the second run has what the first one had ---------------------------------------------------
+
+
+def _run_again(ctx, number, x, arriving, network):
+    """A stretch in the state of autocast, and with the random numbers, of forward."""
+    plan, stretch = ctx.plan, ctx.plan.stretches[number]
+    with ctx.autocast():
+        if not plan.random:
+            return plan.run(stretch, x, arriving, network)
+        generator = _generator(x.device)
+        now = generator.get_state()
+        generator.set_state(ctx.numbers[number].clone())  # of a view PyTorch 2.13 reads elsewhere
+        try:
+            return plan.run(stretch, x, arriving, network)
+        finally:
+            generator.set_state(now)
+
+
+def _generator(device):
+    """What dropout on this device draws from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.get_device_module(device).default_generators[device.index]
 
 
 def _autocast(device):
@@ -340,21 +366,3 @@ def _autocast(device):
         enabled=torch.is_autocast_enabled(device),
         cache_enabled=torch.is_autocast_cache_enabled(),
     )
-
-
-def _random_state(x):
-    """Of the generators that x's device draws from."""
-    return torch.get_rng_state(), *get_device_states(x)
-
-
-@contextlib.contextmanager
-def _replayed(numbers):
-    """Draw these random numbers again, and then go on as if it had not been."""
-    if numbers is None:
-        yield
-        return
-    cpu, devices, states = numbers
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
-        yield

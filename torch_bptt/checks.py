@@ -130,6 +130,20 @@ def check_cell(input, hx, weight_ih, weight_hh, nonlinearity):
         )
 
 
+def check_choice(operation, name, value, choices):
+    """value is one of choices, which are strings."""
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"{operation}: {name} must be {expected}, got {value!r}")
+
+
+def check_count(operation, name, value):
+    """value is an int of at least 1."""
+    _check_number(
+        operation, name, value, numbers.Integral, "an int of at least 1", lambda n: n >= 1
+    )
+
+
 def check_reset(reset, shape, device):
     """reset against the steps and rows of input."""
     if not isinstance(reset, torch.Tensor):

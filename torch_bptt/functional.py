@@ -354,7 +354,8 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
 
 
 def _noise(deviation, x, hidden):
-    return deviation * torch.randn((*x.shape[:-1], hidden), dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], hidden)
+    return torch.normal(0.0, deviation, shape, dtype=x.dtype, device=x.device)
 
 
 def _alpha(alpha, x, hidden):

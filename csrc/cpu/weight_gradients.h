@@ -180,9 +180,12 @@ class WeightGradients {
       const Vector<C> d = scale * load(row + j, lanes);
       sum += d * d;
     });
-    C total = 0;
-    for (int lane = 0; lane < kLanes<C>; ++lane) total += sum[lane];
-    return total;
+    C lanes[kLanes<C>];
+    store(lanes, sum, Whole{});
+#pragma GCC unroll 4
+    for (int half = kLanes<C> / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
   }
 
   // sum (H, N) += du^T panels, or = where the sums start.
