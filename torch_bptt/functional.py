@@ -427,9 +427,8 @@ def _keep(reset, options):
     if reset is None:
         return [None] * len(options)
     keep = ~reset
-    upward = (
-        torch.cat([keep[1:], torch.ones_like(keep[:1])])
-        if any(own.reverse for own in options)
-        else None
-    )
+    if not any(own.reverse for own in options):
+        return [keep] * len(options)
+    last = torch.arange(keep.shape[0], device=keep.device) == keep.shape[0] - 1
+    upward = keep.roll(-1, 0) | last[:, None]
     return [upward if own.reverse else keep for own in options]
