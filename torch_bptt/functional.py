@@ -343,6 +343,10 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart = _autocast(tensors)
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
+    if torch.compiler.is_compiling():
+        from torch_bptt import _onnx  # not before, as it loads what compiles, which takes seconds
+
+        run_layer = _onnx.rnn_layer if _onnx.exporting() else run_layer
     alpha = _alpha(alpha, x, len(weight_hh))
     restart = None if keep is None else _state(restart, x, batch_sizes)
     mask = _state(mask, x, batch_sizes)
