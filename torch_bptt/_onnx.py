@@ -20,8 +20,6 @@ def rnn_layer(
     Raises:
         NotImplementedError: ONNX cannot say it; the message names the argument.
     """
-    if x.is_complex():
-        raise NotImplementedError(f"torch.onnx.export: input must be real, got {x.dtype}")
     _refuse("input must not be a PackedSequence", batch_sizes)
     _refuse("reset and lengths must be None", keep)
     _refuse("alpha must be 1", alpha)
@@ -30,9 +28,7 @@ def rnn_layer(
     rows, state = (x, h0) if x.dim() == 3 else (x[None], None if h0 is None else h0[None])
     steps, batch, _ = rows.shape
     hidden = weight_hh.shape[0]
-    biases = [
-        weight_hh.new_zeros(hidden) if bias is None else bias for bias in (bias_ih, bias_hh)
-    ]
+    biases = [weight_hh.new_zeros(hidden) if bias is None else bias for bias in (bias_ih, bias_hh)]
     output, h_n = torch.onnx.ops.symbolic_multi_out(
         "::RNN",
         (rows, weight_ih[None], weight_hh[None], torch.cat(biases)[None], None, state),

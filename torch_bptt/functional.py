@@ -344,9 +344,7 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
     if torch.compiler.is_compiling():
-        from torch_bptt import _onnx  # not before, as it loads what compiles, which takes seconds
-
-        run_layer = _onnx.rnn_layer if _onnx.exporting() else run_layer
+        run_layer = _traced_layer(x)
     alpha = _alpha(alpha, x, len(weight_hh))
     restart = None if keep is None else _state(restart, x, batch_sizes)
     mask = _state(mask, x, batch_sizes)
@@ -355,6 +353,18 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options, alpha, restart,
         mask, drawn, probe,
     )  # fmt: skip
+
+
+def _traced_layer(x):
+    """What runs in the place of ``rnn_layer`` where torch traces the program."""
+    from torch_bptt import _onnx  # not before, as it loads torch.compile, which takes seconds
+
+    if x.is_complex():
+        raise NotImplementedError(
+            "torch.compile: input must be real, as complex numbers run in a loop in Python, "
+            f"got {x.dtype}: torch.compiler.disable(module) leaves the module out"
+        )
+    return _onnx.rnn_layer if _onnx.exporting() else rnn_layer
 
 
 def _noise(deviation, x, hidden):
