@@ -105,7 +105,7 @@ def check(net, call, given, shapes):
 @pytest.mark.parametrize(("options", "given"), CASES, ids=str)
 def test_one_graph_for_all_shapes_and_the_numbers_of_a_loop(options, given):
     net = network(**copy.deepcopy(options))
-    check(net, compiled(net), given, SHAPES if len(given) < 2 else SHAPES[:4])
+    check(net, compiled(net), given, SHAPES if len(given) < 2 else SHAPES[:3])
 
 
 @pytest.mark.parametrize("given", [("hx",), ("lengths", "reset")], ids=str)
@@ -187,14 +187,14 @@ def test_what_lies_past_the_end_of_a_row_does_no_harm(direction):
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 def test_packed(enforce_sorted):
     """As an argument: torch.compile does not know pack_padded_sequence itself."""
-    net = network(bidirectional=True, alpha=0.5, learn_h0=True, truncate=3)
+    net = network(bidirectional=True, alpha=0.5, learn_h0=not enforce_sorted, truncate=3)
     call = compiled(net)
     for steps, rows in SHAPES:
         lengths = 1 + torch.arange(rows) * 5 % steps
         lengths[0] = steps
         if enforce_sorted:
             lengths = lengths.sort(descending=True)[0]
-        reset = arguments(["reset"], 2, steps, rows)["reset"]
+        reset = None if enforce_sorted else arguments(["reset"], 2, steps, rows)["reset"]
         packed = pack_padded_sequence(randn(steps, rows, I), lengths, enforce_sorted=enforce_sorted)
         data = packed.data.requires_grad_()
         got, h_n = call(packed, reset=reset)
@@ -445,15 +445,15 @@ def layouts(p):
     yield p.map(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [Case(), ALL, ALL.but(packed=False)], ids=str)
-def test_opcheck(case, dtype):
-    for p in layouts(problem(case, dtype)):
+def test_opcheck(case):
+    for p in layouts(problem(case)):
         opcheck(p)
 
 
-def test_opcheck_of_one_step():
+def test_opcheck_of_one_step_and_of_a_narrow_dtype():
     opcheck(one_step(problem(Case(T=1))))
+    opcheck(problem(ALL.but(packed=False), torch.bfloat16))
 
 
 def opcheck(p):
