@@ -25,7 +25,7 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test demo lint format sanitize bench bench-peers clean
+.PHONY: help build test demo docs figures lint format sanitize bench bench-peers clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -39,6 +39,18 @@ test: build  ## all tests; only some: make test ARGS="-k packed"
 
 demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
 	$(BIN)/python examples/char_lm.py $(ARGS)
+
+# Sphinx goes into .venv beside the rest. Warnings are errors, and every name of ours has to be found.
+docs: build $(VENV)/docs  ## the pages in build/docs, their code and examples run before
+	$(BIN)/python -m pytest tests/test_docs.py
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -E -n -W --keep-going -b html docs build/docs
+	@echo 'open build/docs/index.html'
+
+figures: build  ## draw the figures of the documentation again
+	$(BIN)/python docs/figures/curves.py
+	$(BIN)/python docs/figures/diagrams.py
+	$(BIN)/python docs/figures/diagnose.py
 
 bench: build  ## measure against nn.RNN, write benchmarks/results, print the tables
 	$(BIN)/python benchmarks/run.py --threads 1 $(ARGS)
@@ -85,4 +97,8 @@ $(VENV)/installed: requirements.txt
 	$(PIP) install $(PIP_TORCH_ARGS) $$(grep '^torch==' requirements.txt)
 	$(PIP) install -r requirements.txt
 	@echo '$(CURDIR)' > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_bptt.pth
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed docs/requirements.txt
+	$(PIP) install --quiet -r docs/requirements.txt
 	@touch $@

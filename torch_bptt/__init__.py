@@ -1,6 +1,6 @@
 """torch_bptt: torch.nn.RNN with fused backpropagation through time. Change one import."""
 
-from torch_bptt import diagnose, functional, reference
+from torch_bptt import diagnose, functional, init, reference, rtrl
 from torch_bptt.convert import convert
 from torch_bptt.elman import ElmanNetwork
 from torch_bptt.rnn import RNN, RNNCell
@@ -9,5 +9,5 @@ from torch_bptt.tbptt import tbptt
 __version__ = "0.1.0"
 __all__ = [
     "RNN", "ElmanNetwork", "RNNCell", "__version__", "convert", "diagnose", "functional",
-    "reference", "tbptt",
+    "init", "reference", "rtrl", "tbptt",
 ]  # fmt: skip

@@ -17,6 +17,8 @@ from torch_bptt import checks
 from torch_bptt.autograd import Options
 from torch_bptt.functional import Draws, Layer, layer, run
 
+_NO_DRAWS = Draws()
+
 
 class RNN(nn.RNNBase):
     """An Elman RNN, layers stacked, one or both directions: torch.nn.RNN with another import.
@@ -194,9 +196,9 @@ class RNN(nn.RNNBase):
             Options(activation, reverse, self.truncate or 0, self.clip_grad_h)
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
-        draws = (
-            Draws(self.dropout, self.recurrent_dropout, self.noise) if self.training else Draws()
-        )
+        draws = _NO_DRAWS
+        if self.training and (self.dropout or self.recurrent_dropout or self.noise):
+            draws = Draws(self.dropout, self.recurrent_dropout, self.noise)
         return run(
             input, hx, layers, options, self.batch_first, draws, lengths, reset,
             self.checkpoint, need_output, self._observer,
@@ -204,13 +206,15 @@ class RNN(nn.RNNBase):
 
     def _layers(self):
         missing = () if self.bias else (None, None)
-        alpha, count = self.alpha, len(self._all_weights)
-        each = isinstance(alpha, Tensor) and alpha.dim() == 2
-        alphas = alpha.unbind() if each else [alpha] * count
-        return [
-            Layer(*look_up(self, names), *missing, own)
-            for names, own in zip(self._all_weights, alphas, strict=True)
-        ]
+        layers = [Layer(*look_up(self, names), *missing) for names in self._all_weights]
+        alpha = self.alpha
+        if isinstance(alpha, Tensor):
+            alphas = alpha.unbind() if alpha.dim() == 2 else [alpha] * len(layers)
+        elif alpha == 1:
+            return layers
+        else:
+            alphas = [alpha] * len(layers)
+        return [own._replace(alpha=a) for own, a in zip(layers, alphas, strict=True)]
 
     def reset_parameters(self):
         """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays."""

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "linear_loop.h"
+#include "row_norms.h"
 #include "weight_gradients.h"
 
 TORCH_BPTT_KERNELS_BEGIN
@@ -64,6 +65,11 @@ class BackwardLoop {
       const P* du = adjoint.chunk_du(walk);
       if (p.grad_x.data) input_gradient(walk.chunk(), du, share, team);
       team.wait();
+      if (p.norms) {
+        const Range mine = team.share(walk.rows());
+        row_norms(adjoint.chunk_d(walk) + mine.begin * p.H, mine.end - mine.begin, p.H,
+                  p.norms + s.offset(walk.chunk().t0) + mine.begin);
+      }
       if (!weights.wanted()) continue;
       weights.pack(walk.chunk(), du, team);
       team.wait();

@@ -81,9 +81,9 @@ TORCH_BPTT_INLINE Vector<C> going_back(const C* product, const S* mask, const C*
   return d;
 }
 
-// Most networks: no leak, mask or clamp, and nobody asks for d_t or restarts from a state of his
-// own.
-template <class S, class Gate>
+// Most networks: no leak, mask or clamp, and no state to restart from. KEEP: d_t is wanted in the
+// type it is computed in, for the norms.
+template <class S, class Gate, bool KEEP>
 void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int64_t end,
                         const AdjointOptions<Compute<S>>&) {
   using C = Compute<S>;
@@ -91,6 +91,7 @@ void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begi
     Vector<C> d = load(block.product[r] + j, lanes);
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
+    if constexpr (KEEP) store(block.kept[r] + j, d, lanes);
     store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes)) * d, lanes);
   });
 }
@@ -124,11 +125,12 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
 
 template <class S>
 struct AdjointCells {
-  AdjointCell<S> plain, full;
+  AdjointCell<S> plain, keeping, full;
 };
 
 template <class S, class Gate>
-constexpr AdjointCells<S> kAdjointCells{plain_adjoint_cell<S, Gate>, adjoint_cell<S, Gate>};
+constexpr AdjointCells<S> kAdjointCells{plain_adjoint_cell<S, Gate, false>,
+                                        plain_adjoint_cell<S, Gate, true>, adjoint_cell<S, Gate>};
 
 template <class S>
 AdjointCells<S> adjoint_cells_of(Activation activation) {
@@ -172,6 +174,7 @@ class AdjointWalk {
   // The i-th step of the chunk in processing order.
   int64_t step(int64_t i) const { return s.step(s.T - 1 - done - i); }
   int64_t steps() const { return current.t1 - current.t0; }
+  int64_t rows() const { return s.offset(current.t1) - s.offset(current.t0); }
 
   // Where the rows of the chunk begin among those of two chunks.
   int64_t first_slot() const { return parity * chunk_rows; }
@@ -204,8 +207,10 @@ class AdjointLoop {
       : s(s),
         H(H),
         options{alpha, Compute<S>(clip), rows.mask.data != nullptr},
-        plain(!alpha && clip < 0 && !rows.mask.data && !rows.d.data && !rows.restart && !keep_d),
-        cell(plain ? cells.plain : cells.full),
+        plain(!alpha && clip < 0 && !rows.mask.data && !rows.d.data && !rows.restart),
+        cell(!plain   ? cells.full
+             : keep_d ? cells.keeping
+                      : cells.plain),
         rows(rows),
         weight_hh(weight_hh),
         cut(cut),
@@ -275,10 +280,10 @@ class AdjointLoop {
         block.g[r] = rows.g.data ? s.row(rows.g, t, b) : nullptr;
         block.g_n[r] = K == 0 && rows.g_n.data ? rows.g_n.data + b * rows.g_n.row : nullptr;
         block.y[r] = s.row(rows.y, t, b);
+        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
         if (plain) continue;
         block.mask[r] = mask_row(b);
         block.restart[r] = restarts ? restart_row(b) : nullptr;
-        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
         block.d_out[r] = rows.d.data ? s.row(rows.d, t, b) : nullptr;
         if (options.alpha) {
           block.d_next[r] = linked ? ring().row(next, b) : zeros.get();

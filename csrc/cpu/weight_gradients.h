@@ -31,7 +31,7 @@ class WeightGradients {
     if (p.grad_alpha) std::memset(p.grad_alpha, 0, uint64_t(p.H) * sizeof(C));
   }
 
-  bool wanted() const { return products() || p.grad_bias || p.grad_alpha || p.norms; }
+  bool wanted() const { return products() || p.grad_bias || p.grad_alpha; }
 
   // The thread's share of what add() reads; du (rows of the chunk, H).
   void pack(const Chunk& chunk, const P* du, const Team& team) {
@@ -59,7 +59,7 @@ class WeightGradients {
   }
 
   // Adds the packed chunk to the sums, or starts them: the thread's share of the rows of dW. All
-  // threads must have packed. d is read for the gradient of alpha and for the norms alone.
+  // threads must have packed. d is read for the gradient of alpha alone.
   void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start,
            const Team& team) const {
     const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
@@ -69,7 +69,6 @@ class WeightGradients {
       add_product({panels_x.get(), rows, p.I}, du, sums(wide_ih, p.grad_weight_ih), start, team);
     if (p.grad_bias) add_bias(du, rows, columns_of(team));
     if (p.grad_alpha) add_alpha(chunk, d, columns_of(team));
-    if (p.norms) write_norms(s.offset(chunk.t0), d, team.share(rows));
   }
 
   // Rounds the sums of the narrow types into the outputs; all must have added.
@@ -156,36 +155,6 @@ class WeightGradients {
     for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
       store(total + j, load(total + j, lanes) + load(column_sum.get() + j, lanes), lanes);
     });
-  }
-
-  // Of the chunk's rows `mine`; its first row is row `offset` of all.
-  void write_norms(int64_t offset, const C* d, Range mine) const {
-    for (int64_t r = mine.begin; r < mine.end; ++r) p.norms[offset + r] = norm(d + r * p.H);
-  }
-
-  // Exploding and vanishing gradients are what the norms are for: where squares would overflow or
-  // vanish, the row is scaled by a power of two first.
-  C norm(const C* row) const {
-    constexpr bool kSingle = sizeof(C) == sizeof(float);
-    constexpr C kSmallest = kSingle ? 0x1p-100 : 0x1p-900, kScale = kSingle ? 0x1p90 : 0x1p600;
-    const C sum = sum_of_squares(row, 1);
-    if (sum >= kSmallest && sum - sum == 0) return C(__builtin_sqrt(sum));
-    const C scale = sum < kSmallest ? kScale : 1 / kScale;
-    return C(__builtin_sqrt(sum_of_squares(row, scale))) / scale;
-  }
-
-  C sum_of_squares(const C* row, C scale) const {
-    Vector<C> sum{};
-    for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
-      const Vector<C> d = scale * load(row + j, lanes);
-      sum += d * d;
-    });
-    C lanes[kLanes<C>];
-    store(lanes, sum, Whole{});
-#pragma GCC unroll 4
-    for (int half = kLanes<C> / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
   }
 
   // sum (H, N) += du^T panels, or = where the sums start.

@@ -1,0 +1,94 @@
+"""Diagrams of the tutorial: `make figures`."""
+
+import svg
+from svg import BLUE, GREEN, GREY, PALE, RED, Drawing
+
+
+def unrolled():
+    """Three steps of the network: states go right, gradients come back."""
+    drawing = Drawing(720, 330, "The network unrolled over three steps")
+    centers = [200, 380, 560]
+    drawing.text(60, 172, "h_{-1}", 16, BLUE, italic=True)
+    for t, x in enumerate(centers):
+        before = 84 if t == 0 else centers[t - 1] + 40
+        drawing.box(x - 40, 140, 80, 50)
+        drawing.text(x, 171, f"h_{t}", 16, italic=True)
+        drawing.line([(before, 155), (x - 42, 155)], BLUE, arrow=True)
+        drawing.line([(x - 40, 178), (before + 2, 178)], RED, dash="5 3", arrow=True)
+        drawing.text((before + x - 40) / 2, 147, "W_{hh}", 12, BLUE, italic=True)
+        carried = f"δ_{t} W_{{hh}}"
+        drawing.text((before + x - 40) / 2, 198, carried, 12, RED, italic=True)
+        drawing.text(x, 285, f"x_{t}", 16, italic=True)
+        drawing.line([(x - 10, 265), (x - 10, 192)], BLUE, arrow=True)
+        drawing.line([(x + 10, 190), (x + 10, 263)], RED, dash="5 3", arrow=True)
+        drawing.text(x - 16, 235, "W_{ih}", 12, BLUE, "end", italic=True)
+        drawing.text(x + 16, 235, f"δ_{t} W_{{ih}}", 12, RED, "start", italic=True)
+        drawing.text(x, 60, f"o_{t} → ℓ_{t}", 16, italic=True)
+        drawing.line([(x - 10, 138), (x - 10, 70)], BLUE, arrow=True)
+        drawing.line([(x + 10, 70), (x + 10, 137)], RED, dash="5 3", arrow=True)
+        drawing.text(x - 16, 108, "V", 12, BLUE, "end", italic=True)
+        drawing.text(x + 16, 108, f"g_{t} = e_{t} V", 12, RED, "start", italic=True)
+    drawing.line([(602, 155), (660, 155)], BLUE, arrow=True)
+    drawing.line([(660, 178), (602, 178)], RED, dash="5 3", arrow=True)
+    drawing.text(668, 160, "h_n", 14, BLUE, "start", italic=True)
+    drawing.text(668, 183, "dL/dh_n", 14, RED, "start", italic=True)
+    drawing.line([(60, 24), (100, 24)], BLUE, arrow=True)
+    drawing.text(108, 29, "forward: one use of the same weights at every step", 13, BLUE, "start")
+    drawing.line([(500, 24), (460, 24)], RED, dash="5 3", arrow=True)
+    drawing.text(508, 29, "backward: gradients", 13, RED, "start")
+    return drawing
+
+
+def windows():
+    """Truncated BPTT, k1 = 2 and k2 = 4: which losses reach back to which steps."""
+    drawing = Drawing(720, 250, "Windows of truncated BPTT for k1 = 2 and k2 = 4")
+    left, width, steps, k1, k2 = 150, 66, 8, 2, 4
+    for t in range(steps):
+        drawing.box(left + t * width, 20, width - 8, 30)
+        drawing.text(left + t * width + (width - 8) / 2, 40, f"h_{t}", 14, italic=True)
+    drawing.text(left - 12, 40, "steps", 13, anchor="end")
+    for row, end in enumerate(range(k1, steps + 1, k1)):
+        y = 72 + 42 * row
+        first = max(0, end - k2)
+        drawing.text(left - 12, y + 19, f"update {row + 1}", 13, anchor="end")
+        for t in range(first, end):
+            counted = t >= end - k1
+            drawing.box(
+                left + t * width, y, width - 8, 26, "#ffebe9" if counted else PALE,
+                RED if counted else GREY,
+            )  # fmt: skip
+            if counted:
+                middle = left + t * width + (width - 8) / 2
+                drawing.text(middle, y + 18, f"ℓ_{t}", 13, RED, italic=True)
+        edge = left + end * width - 8
+        drawing.line([(edge, y + 32), (left + first * width, y + 32)], RED, 1.2, "5 3", True)
+    return drawing
+
+
+def memory():
+    """Where the numbers of a call live, from registers to memory."""
+    drawing = Drawing(720, 330, "Where state lives in the kernel")
+    rows = [
+        (BLUE, "registers", "sums of a tile: 6 rows x 64 columns of z_t", "one tile at a time"),
+        (BLUE, "first-level cache", "finished block: z_t becomes h_t in place", "60 x 64 numbers"),
+        (GREEN, "second-level cache", "W_{hh}, W_{ih} in panels", "packed once a call"),
+        (GREEN, "", "one chunk of x_t, h_t; backward: δ_t of two chunks, packed p_t, x_t",
+         "256 rows or more"),
+        (RED, "memory", "x, output h, their gradients: T steps", "the caller's; nothing else"),
+    ]  # fmt: skip
+    for i, (color, where, what, size) in enumerate(rows):
+        y = 20 + 60 * i
+        if where:
+            drawing.text(150, y + 29, where, 14, color, "end")
+        drawing.box(165, y, 375 + 10, 46, PALE, color)
+        drawing.text(357, y + 28, what, 11.5)
+        drawing.text(560, y + 28, size, 12, GREY, "start")
+        if i:
+            drawing.line([(350, y - 13), (350, y - 2)], GREY, 1.2, arrow=False)
+    return drawing
+
+
+FIGURES = {"unrolled.svg": unrolled, "windows.svg": windows, "memory.svg": memory}
+
+if __name__ == "__main__":
+    svg.write(FIGURES)
