@@ -89,7 +89,12 @@ def rnn_layer(
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
     """
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
-    if _transformed():
+    if _needs_function():
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                "torch.onnx.export: dynamo must be True, as the other exporter knows no operators "
+                "but PyTorch's, got False: or export module.to_torch()"
+            )
         h, h_n, _ = RNNForward.apply(
             *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
         )
@@ -264,17 +269,34 @@ def _refuse_nested_forward_mode() -> None:
         )
 
 
-def _transformed() -> bool:
-    """Whether torch rewrites what runs now, for which it needs a Function in Python.
+def _refuse_compiled_transforms() -> None:
+    """torch.compile either knows no Function with a jvp, or has other gradients than eager."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "rnn: torch.func transforms and forward mode are not supported inside torch.compile; "
+            "leave the transformed function out of it, with torch.compiler.disable"
+        )
 
-    Else an operator whose node in the graph is in C++ will do, which takes less time.
+
+def _transformed() -> bool:
+    """Whether torch rewrites what runs now."""
+    return torch.compiler.is_compiling() or _needs_function()
+
+
+def _needs_function() -> bool:
+    """Whether that takes a Function in Python.
+
+    Else an operator whose node in the graph is in C++ will do, which takes less time. torch.compile
+    and torch.export see through it.
     """
+    if torch.compiler.is_compiling():
+        _refuse_compiled_transforms()
+        return False
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
     return (
         forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         # torch.utils.checkpoint stops a second forward by an exception out of such a hook, which
         # leaves a node in C++ half made, in a cycle with its output that nothing frees.

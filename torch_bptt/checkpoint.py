@@ -45,16 +45,19 @@ def run_in_stretches(
         checks.check_checkpoint("RNN", checkpoint, len(layers) // directions, directions)
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
-    steps, rows = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
     # A second bidirectional layer waits for the whole output of the first.
     whole = autograd._transformed() or len(layers) > directions > 1
-    graph = not whole and torch.is_grad_enabled() and _any_requires_grad((x, hx, layers, options))
-    if graph:
-        length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
-        whole = checkpoint is None
-    else:
-        length = max(1, AT_ONCE // max(1, rows * hidden))
-        whole = whole or need_output or steps <= length
+    if not whole:
+        steps, rows = (
+            x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
+        )
+        graph = torch.is_grad_enabled() and _any_requires_grad((x, hx, layers, options))
+        if graph:
+            length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
+            whole = checkpoint is None
+        else:
+            length = max(1, AT_ONCE // max(1, rows * hidden))
+            whole = need_output or steps <= length
     if whole:
         output, h_n = stack(layers, options, draws, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n

@@ -46,7 +46,7 @@ def _explain_unlike(tensors):
             )
 
 
-def check_input(input, weight_ih, input_size, batch_first):
+def check_input(input, weight_ih, input_size, batch_first, hx=None):
     """Dimensions, dtype and features of input; returns its number of rows, 1 for one sequence."""
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
@@ -67,8 +67,21 @@ def check_input(input, weight_ih, input_size, batch_first):
             f"Expected {input_size}, got {data.shape[-1]}"
         )
     if packed:
-        return int(input.batch_sizes[0])
+        return count_rows(input, hx)
     return 1 if dims == 2 else data.shape[0 if batch_first else 1]
+
+
+def count_rows(packed, hx=None, reset=None):
+    """The sequences of a PackedSequence.
+
+    Where torch traces the program it knows no values, so shapes have to say it; where they are
+    those of hx or reset, the operator checks them when it runs.
+    """
+    if torch.compiler.is_compiling():
+        for tensor, rows in ((packed.sorted_indices, 0), (hx, -2), (reset, -1)):
+            if tensor is not None:
+                return tensor.shape[rows]
+    return int(packed.batch_sizes[0])
 
 
 def check_hidden(hx, expected):
@@ -157,19 +170,31 @@ def check_no_lengths(lengths):
         )
 
 
-def check_lengths(lengths, steps, rows):
-    """lengths as (B,) int64 on the CPU; one number will do for one row."""
-    expected = f"lengths must be integers, one per row, expected ({rows},) torch.int64"
+def check_lengths(lengths, steps, rows, device="cpu"):
+    """lengths as (B,) int64 on the CPU; one number will do for one row.
+
+    Where torch traces the program they go to ``device``, and their values are looked at when it
+    runs.
+    """
+    traced = torch.compiler.is_compiling()
+
+    def expected():  # called where it is wanted, as a number in a string is a constant to a trace
+        return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
+
     try:
-        given = torch.as_tensor(lengths, device="cpu")
+        given = torch.as_tensor(lengths, device=device if traced else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{expected}, got {lengths!r}") from error
+        raise TypeError(f"{expected()}, got {lengths!r}") from error
     fractional = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
     if given.numel() and fractional:  # an empty list is of torch's default dtype
-        raise TypeError(f"{expected}, got {given.dtype}")
+        raise TypeError(f"{expected()}, got {given.dtype}")
     if given.shape != (rows,) and not (given.dim() == 0 and rows == 1):
-        raise ValueError(f"{expected}, got {tuple(given.shape)}")
+        raise ValueError(f"{expected()}, got {tuple(given.shape)}")
     given = given.to(torch.int64).reshape(rows)
+    if traced:
+        message = "lengths must lie within the steps of input, expected 0 to the number of steps"
+        torch._assert_async(((given >= 0) & (given <= steps)).all(), message)
+        return given
     wrong = ((given < 0) | (given > steps)).nonzero()
     if len(wrong):
         row = int(wrong[0])

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_bptt import checks, reference
 from torch_bptt.autograd import Options, rnn_layer
 from torch_bptt.checkpoint import run_in_stretches
+from torch_bptt.padded import Padding
 
 
 class Layer(NamedTuple):
@@ -146,7 +147,7 @@ def rnn(
     if restart is not None:
         checks.check_restart(restart, input, len(weight_hh))
     checks.check_checkpoint("rnn", checkpoint)
-    rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first)
+    rows = checks.check_input(input, weight_ih, weight_ih.shape[-1], batch_first, hx)
     if hx is not None:
         one = not isinstance(input, PackedSequence) and input.dim() == 2
         checks.check_hidden(hx, (len(weight_hh),) if one else (rows, len(weight_hh)))
@@ -179,18 +180,24 @@ def run(
         output, with D * H features, or None, and h_n, shaped as hx.
     """
     checks.check_need_output(need_output)
+    if observer is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "gradient_flow: the model must not be compiled, as nobody sees its layers then, got "
+            "one in torch.compile or torch.export: watch the model itself"
+        )
     if observer is not None and not (checkpoint is None and need_output):
         raise NotImplementedError(
             "gradient_flow: checkpoint must be None and need_output True, as nothing may be "
             f"computed twice or left out, got {checkpoint!r} and {need_output!r}"
         )
 
-    def stack(x, hx, batch_sizes, reset):
+    def stack(x, hx, batch_sizes, reset, padding=None):
         network = _with_masks(layers, draws, x, batch_sizes)
         call = network, options, draws, x, hx, batch_sizes, _keep(reset, options)
         if checkpoint is None and need_output:
-            return _stack(*call, observer)
-        return run_in_stretches(_stack, *call, checkpoint, need_output)
+            return _stack(*call, observer, padding)
+        run_stack = functools.partial(_stack, padding=padding)
+        return run_in_stretches(run_stack, *call, checkpoint, need_output)
 
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
@@ -211,17 +218,23 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
     if batch_first and reset is not None:
         reset = reset.T
     if lengths is not None:
-        lengths = checks.check_lengths(lengths, steps, input.shape[0 if batch_first else 1])
-        return _run_padded(stack, input, hx, lengths, reset, batch_first)
-    x = input.transpose(0, 1) if batch_first else input
-    output, h_n = stack(x, hx, None, reset)
+        lengths = checks.check_lengths(
+            lengths, steps, input.shape[0 if batch_first else 1], input.device
+        )
+    x, padding = input.transpose(0, 1) if batch_first else input, None
+    if lengths is not None:
+        if not torch.compiler.is_compiling():
+            return _run_padded(stack, input, hx, lengths, reset, batch_first)
+        padding = Padding.of(lengths, steps)
+        x, reset = padding.clear(x), None if reset is None else reset & padding.existing
+    output, h_n = stack(x, hx, None, reset, padding)
     return output.transpose(0, 1) if batch_first and output is not None else output, h_n
 
 
 def _run_packed(stack, input, hx, reset):
     data, batch_sizes, order, inverse = input
     if reset is not None:
-        existing = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]
+        existing = torch.arange(checks.count_rows(input, reset=reset)) < batch_sizes[:, None]
         checks.check_reset(reset, existing.shape, data.device)
         reset = reset if order is None else reset.index_select(1, order)
         reset = reset & existing.to(data.device)
@@ -275,7 +288,7 @@ def _with_masks(layers, draws, x, batch_sizes):
     ]
 
 
-def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
+def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None, padding=None):
     """All layers over time-major rows; keep has one tensor, or None, per direction."""
     packed = batch_sizes is not None
     states, h_n = _split(hx, len(layers), packed), []
@@ -283,6 +296,13 @@ def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None):
         outputs = []
         for direction, own in enumerate(options):
             index = first + direction
+            if padding is not None:
+                output, last = padding.run(
+                    layer, x, states[index], layers[index], keep[direction], own, draws.noise
+                )
+                outputs.append(output)
+                h_n.append(last)
+                continue
             probe = None if observer is None else observer.probe(x)
             output, last = layer(
                 x, states[index], layers[index], batch_sizes, keep[direction], own, draws.noise,
@@ -324,6 +344,8 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, restart = _autocast(tensors)
     checks.check_alike(x, h0, weight_ih, weight_hh, bias_ih, bias_hh)
     run_layer = _complex_layer if x.is_complex() else rnn_layer
+    if torch.compiler.is_compiling():
+        run_layer = _traced_layer(x)
     # A call is not made where an option is not in use: each takes a tenth of a microsecond.
     return run_layer(
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, keep, options,
@@ -333,6 +355,18 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
         _noise(noise, x, len(weight_hh)) if noise else None,
         probe,
     )  # fmt: skip
+
+
+def _traced_layer(x):
+    """What runs in the place of ``rnn_layer`` where torch traces the program."""
+    from torch_bptt import _onnx  # not before, as it loads torch.compile, which takes seconds
+
+    if x.is_complex():
+        raise NotImplementedError(
+            "torch.compile: input must be real, as complex numbers run in a loop in Python, "
+            f"got {x.dtype}: torch.compiler.disable(module) leaves the module out"
+        )
+    return _onnx.rnn_layer if _onnx.exporting() else rnn_layer
 
 
 def _noise(deviation, x, hidden):
@@ -407,9 +441,8 @@ def _keep(reset, options):
     if reset is None:
         return [None] * len(options)
     keep = ~reset
-    upward = (
-        torch.cat([keep[1:], torch.ones_like(keep[:1])])
-        if any(own.reverse for own in options)
-        else None
-    )
+    if not any(own.reverse for own in options):
+        return [keep] * len(options)
+    last = torch.arange(keep.shape[0], device=keep.device) == keep.shape[0] - 1
+    upward = keep.roll(-1, 0) | last[:, None]
     return [upward if own.reverse else keep for own in options]

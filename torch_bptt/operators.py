@@ -22,7 +22,7 @@ def _state_shape(
     if batch_sizes is None:
         batch = data.shape[-2]
     else:
-        batch = batch_sizes[0].item() if len(batch_sizes) else 0
+        batch = batch_sizes[0].item() if batch_sizes.shape[0] else 0  # len() would fix T in a trace
     return (batch, hidden) if data.dim() == 2 else (1, batch, hidden)
 
 

@@ -182,7 +182,7 @@ class RNN(nn.RNNBase):
                 or ValueError.
         """
         layers = self._layers()
-        rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first)
+        rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first, hx)
         if hx is not None:
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
         if self.learn_h0:
