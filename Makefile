@@ -25,7 +25,7 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test demo docs figures lint format sanitize bench bench-peers clean
+.PHONY: help build test test-onnx demo docs figures lint format sanitize bench bench-peers clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -36,6 +36,11 @@ build: $(VENV)/built  ## set up .venv and compile in place
 
 test: build  ## all tests; only some: make test ARGS="-k packed"
 	$(BIN)/python -m pytest $(ARGS)
+
+# ONNX and its runtime are large, and nothing else needs them.
+test-onnx: build  ## tests of the export to ONNX, which `make test` skips
+	$(PIP) install --quiet -r requirements-onnx.txt
+	$(BIN)/python -m pytest tests/test_onnx.py $(ARGS)
 
 demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
 	$(BIN)/python examples/char_lm.py $(ARGS)
