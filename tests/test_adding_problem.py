@@ -177,20 +177,17 @@ def test_a_ruined_training_ends_with_a_line(tmp_path: Path) -> None:
     )
 
 
-BAD_OPTIONS = {  # options, what the message says; FILE is a file
+BAD_OPTIONS = {  # options, what the message says
     "lengths": ("--lengths 1", "argument --lengths: invalid length value: '1'"),
     "hidden": ("--hidden 0", "argument --hidden: invalid count value: '0'"),
     "steps": ("--steps many", "argument --steps: invalid count value: 'many'"),
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "seed": ("--seed -1", "argument --seed: invalid seed value: '-1'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--out FILE/x", "cannot make the folder"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_bad_options(kind: str, tmp_path: Path) -> None:
+def test_bad_options(kind: str) -> None:
     options, message = BAD_OPTIONS[kind]
-    (tmp_path / "file").touch()
-    options = options.replace("FILE", str(tmp_path / "file")).split()
-    assert message in scripts.error_of(SCRIPT, *options)
+    assert message in scripts.error_of(SCRIPT, *options.split())

@@ -27,6 +27,14 @@ def test_a_missing_package_is_named(
     assert error.endswith(f" this example needs {package}: pip install {package}\n")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_that_cannot_be_made_is_named(script: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    error = scripts.error_of(scripts.EXAMPLES / f"{script}.py", "--out", out)
+    assert error.endswith(f" cannot make the folder {out}: Not a directory\n")
+
+
 @pytest.mark.parametrize(
     ("number", "good", "bad"),
     [

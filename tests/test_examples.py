@@ -218,7 +218,6 @@ BAD_OPTIONS = {  # options, what the message says; FILE is a good text, FOLDER a
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "only": ("--only jax", "argument --only: invalid choice: 'jax'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--text FILE --out FILE/x", "cannot make the folder"),
     "checkpoint": ("--text FILE --out FOLDER --checkpoint FOLDER", "cannot be written"),
     "resume missing": ("--text FILE --resume FOLDER/none.pt", "cannot be read: No such file"),
     "resume text": ("--text FILE --resume FILE", "is not a checkpoint of this example"),

@@ -140,13 +140,10 @@ WRONG = {
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "alpha": ("--alpha 1.5", "argument --alpha: invalid leak value: '1.5'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--quick --out FILE/x", "cannot make the folder"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_options(kind, tmp_path):
+def test_wrong_options(kind):
     options, message = WRONG[kind]
-    (tmp_path / "file").touch()
-    options = options.replace("FILE", str(tmp_path / "file")).split()
-    assert message in scripts.error_of(SCRIPT, *options)
+    assert message in scripts.error_of(SCRIPT, *options.split())

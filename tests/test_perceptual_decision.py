@@ -291,18 +291,15 @@ def test_units_that_prefer_right(example: ModuleType) -> None:
 
 # --- the command line -----------------------------------------------------------------------------
 
-BAD_OPTIONS = {  # options, what the message says; FILE is a file
+BAD_OPTIONS = {  # options, what the message says
     "units": ("--units 12", "argument --units: must be a multiple of 5 (4 E : 1 I), got 12"),
     "steps": ("--steps 0", "argument --steps: invalid count value: '0'"),
     "seed": ("--seed -1", "argument --seed: invalid natural value: '-1'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--out FILE/x", "cannot make the folder"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_bad_options(kind: str, tmp_path: Path) -> None:
+def test_bad_options(kind: str) -> None:
     options, message = BAD_OPTIONS[kind]
-    (tmp_path / "file").touch()
-    options = options.replace("FILE", str(tmp_path / "file")).split()
-    assert message in scripts.error_of(SCRIPT, *options)
+    assert message in scripts.error_of(SCRIPT, *options.split())
