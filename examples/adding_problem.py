@@ -34,15 +34,13 @@ Symbols: T steps, B batch, H hidden size.
 import argparse
 import copy
 import csv
-import importlib.util
 import math
 import statistics
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command_line import Parser, count, fail, make_folder, natural, positive, require, run
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -65,12 +63,6 @@ CLIP = 1.0  # largest norm of the gradient: without, a single batch can ruin an 
 TEST_ROWS = 2000  # sequences that nobody trains on
 FLOW_ROWS = 32  # sequences that the gradient of the states is looked at with
 WINDOW = 50  # training steps whose mean loss is one point of a curve
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one line. Exit code 2: the request is wrong; 1: the training is."""
-    print(f"adding_problem.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 # --- the problem ----------------------------------------------------------------------------------
@@ -288,17 +280,6 @@ def draw(results: list[Result], args: argparse.Namespace) -> Path:
 # --- the command line -----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
-def count(text: str) -> int:
-    if not 0 < int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
 def length(text: str) -> int:
     if count(text) < 2:
         raise ValueError
@@ -306,15 +287,7 @@ def length(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    return natural(text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -341,15 +314,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    for package in ["tqdm"] if args.no_plot else ["tqdm", "matplotlib"]:
-        if not importlib.util.find_spec(package):
-            fail(f"this example needs {package}: pip install {package}")
+    require(["tqdm"] if args.no_plot else ["tqdm", "matplotlib"])
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {error.filename}: {error.strerror}")
+    make_folder(args.out)
 
     progress = Progress(args)
     results = [train(T, init, args, progress) for T in args.lengths for init in INITS]
@@ -363,8 +331,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nadding_problem.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    run(main)

@@ -25,7 +25,6 @@ Symbols: T steps per chunk, B batch, H hidden size, L layers, V characters known
 import argparse
 import copy
 import hashlib
-import importlib.util
 import math
 import os
 import signal
@@ -35,9 +34,9 @@ import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command_line import Parser, count, fail, make_folder, natural, positive, require, run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -53,12 +52,6 @@ HELD_OUT = 0.1  # this last part of the text is never trained on
 HELD_OUT_CHUNKS = 50  # at most so many are used: a second or two per model
 RARE, RARE_BELOW = "\ufffd", 10  # characters seen less often than this share one entry
 CHECK_STEPS = 10  # until then rounding errors have not grown much
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one line. Exit code 2: the request is wrong; 1: the layers or the training are."""
-    print(f"char_lm.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 # --- the text -------------------------------------------------------------------------------------
@@ -504,29 +497,6 @@ def draw_curves(
 # --- the command line -----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
-def natural(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
-def count(text: str) -> int:
-    if natural(text) == 0:
-        raise ValueError
-    return int(text)
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Train a character language model with truncated BPTT, once with torch.nn.RNN "
@@ -561,9 +531,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    for package in ["tqdm"] if args.no_plot else ["tqdm", "matplotlib"]:
-        if not importlib.util.find_spec(package):
-            fail(f"this example needs {package}: pip install {package}")
+    require(["tqdm"] if args.no_plot else ["tqdm", "matplotlib"])
     if args.threads:
         torch.set_num_threads(args.threads)
     corpus = Corpus(read_text(args.text) if args.text else stdlib_text(), args.batch, args.chunk)
@@ -574,11 +542,8 @@ def main() -> int:
         fail("the two layers do not draw the same initial weights from the same seed", 1)
     if args.resume:
         resume(trainees, corpus, args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {error.filename}: {error.strerror}")
+    make_folder(args.out)
+    make_folder(args.checkpoint.parent)
 
     source = f"{args.text or 'standard library'}: {corpus.train.numel():,} characters to learn"
     print(f"{source}, {corpus.held_out.numel():,} held out, {len(corpus.symbols)} symbols")
@@ -592,8 +557,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nchar_lm.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    run(main)

@@ -30,17 +30,15 @@ Symbols: B streams are read in parallel, H hidden units, k steps of the window.
 
 import argparse
 import copy
-import importlib.util
 import math
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command_line import Parser, count, make_folder, positive, require, run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -54,12 +52,6 @@ CHANCE = 1.0  # bits that the answer costs whoever does not remember the cue
 
 # Of this thread, which does all the work: what else the machine does is not counted.
 processor_time = time.thread_time
-
-
-def fail(message: str) -> NoReturn:
-    """End with one line and exit code 2."""
-    print(f"online_learning.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 class Stream:
@@ -275,23 +267,6 @@ def draw(
 # --- the command line -----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
-def count(text: str) -> int:
-    if not 0 < int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
 def leak(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise ValueError
@@ -330,13 +305,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    for package in ["tqdm"] if args.no_plot else ["tqdm", "matplotlib"]:
-        if not importlib.util.find_spec(package):
-            fail(f"this example needs {package}: pip install {package}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {error.filename}: {error.strerror}")
+    require(["tqdm"] if args.no_plot else ["tqdm", "matplotlib"])
+    make_folder(args.out)
     torch.set_num_threads(1)  # the products are small
     learners = build(args)
     train(learners, args)
@@ -349,8 +319,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nonline_learning.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    run(main)

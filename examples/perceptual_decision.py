@@ -26,17 +26,15 @@ Symbols: T steps per trial, B trials, H units.
 
 import argparse
 import copy
-import importlib.util
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command_line import Parser, count, fail, make_folder, natural, require, run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils import clip_grad_norm_, parametrize
@@ -67,12 +65,6 @@ RATES_OF = 200  # trials of each coherence whose rates are analysed
 SPECTRAL_RADIUS = 1.2  # of W before training
 LEARNING_RATE = 5e-3  # at first; it falls to zero along half a cosine
 CLIP = 0.1  # largest norm of the gradient
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End with one line. Exit code 2: the request is wrong; 1: what the example checks is."""
-    print(f"perceptual_decision.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -603,23 +595,6 @@ SIZES = {  # default, with --quick, help
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
-
-
-def natural(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
-def count(text: str) -> int:
-    if natural(text) == 0:
-        raise ValueError
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="A leaky rate network with Dale's law learns a perceptual decision."
@@ -644,13 +619,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    for package in ("tqdm", "matplotlib"):
-        if not importlib.util.find_spec(package):
-            fail(f"this example needs {package}: pip install {package}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {error.filename}: {error.strerror}")
+    require(["tqdm", "matplotlib"])
+    make_folder(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -689,8 +659,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nperceptual_decision.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    run(main)

@@ -4,25 +4,22 @@ To add a wrong request, add a line to BAD_OPTIONS.
 """
 
 import csv
-import importlib.util
-import os
 import re
 import runpy
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scripts
 import torch
-
-import torch_bptt
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "adding_problem.py"
+SCRIPT = scripts.EXAMPLES / "adding_problem.py"
+run = partial(scripts.run, SCRIPT)
 INITS = ("default", "orthogonal", "identity")
 
 
@@ -30,21 +27,6 @@ INITS = ("default", "orthogonal", "identity")
 def example() -> SimpleNamespace:
     """The names of the script, without running it."""
     return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
-
-
-def run(*options: object, code: int = 0) -> subprocess.CompletedProcess:
-    """The script must find the torch_bptt that is under test, installed or built in place."""
-    package = str(Path(torch_bptt.__file__).parents[1])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, options)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -195,56 +177,17 @@ def test_a_ruined_training_ends_with_a_line(tmp_path: Path) -> None:
     )
 
 
-BAD_OPTIONS = {  # options, what the message says; FILE is a file
+BAD_OPTIONS = {  # options, what the message says
     "lengths": ("--lengths 1", "argument --lengths: invalid length value: '1'"),
     "hidden": ("--hidden 0", "argument --hidden: invalid count value: '0'"),
     "steps": ("--steps many", "argument --steps: invalid count value: 'many'"),
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "seed": ("--seed -1", "argument --seed: invalid seed value: '-1'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--out FILE/x", "cannot make the folder"),
 }
 
 
-def error_of(
-    options: list[str],
-    example: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> str:
-    """The one line with which a wrong request is answered."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-    with pytest.raises(SystemExit) as exit:
-        example.main()
-    assert exit.value.code == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("adding_problem.py: error: ")
-    assert stderr.count("\n") == 1, f"more than one line:\n{stderr}"
-    return stderr
-
-
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_bad_options(
-    kind: str,
-    tmp_path: Path,
-    example: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_bad_options(kind: str) -> None:
     options, message = BAD_OPTIONS[kind]
-    (tmp_path / "file").touch()
-    options = options.replace("FILE", str(tmp_path / "file")).split()
-    assert message in error_of(options, example, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
-def test_a_missing_package_is_named(
-    package: str,
-    example: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != package and find(name))
-    stderr = error_of(["--quick"], example, monkeypatch, capsys)
-    assert stderr.endswith(f" this example needs {package}: pip install {package}\n")
+    assert message in scripts.error_of(SCRIPT, *options.split())

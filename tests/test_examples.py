@@ -1,77 +1,34 @@
 """examples/char_lm.py as a user runs it, here with tiny sizes.
 
-What it does is tested in processes of its own. Wrong requests are tested in this process, because
-importing torch takes seconds; test_a_wrong_request_ends_the_process shows that it is the same.
+What it does is tested in processes of its own. Wrong requests are tested in this process: see
+scripts.error_of; test_a_wrong_request_ends_the_process shows that it is the same.
 To add a wrong request, add a line to BAD_TEXT or BAD_OPTIONS.
 """
 
-import importlib.util
-import os
 import random
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
-
-import torch_bptt
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "char_lm.py"
+SCRIPT = scripts.EXAMPLES / "char_lm.py"
+run = partial(scripts.run, SCRIPT)
+error_of = partial(scripts.error_of, SCRIPT)
 SIZES = ["--hidden=12", "--batch=4", "--chunk=8", "--steps=12", "--sample=20"]
 
 
 def command(*options: object) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, options)]
-
-
-def environment() -> dict[str, str]:
-    """The script must find the torch_bptt that is under test, installed or built in place."""
-    package = str(Path(torch_bptt.__file__).parents[1])
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-    }
-
-
-def run(*options: object, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*options), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-ErrorOf = Callable[..., str]
-
-
-@pytest.fixture
-def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> ErrorOf:
-    """A function: options of a wrong request -> the one line that it is answered with."""
-    main = runpy.run_path(str(SCRIPT))["main"]
-
-    def error_of(*options: object) -> str:
-        monkeypatch.setattr(sys, "argv", command(*options)[1:])
-        with torch.random.fork_rng(), pytest.raises(SystemExit) as exit:
-            main()
-        assert exit.value.code == 2
-        return one_line(capsys.readouterr().err)
-
-    return error_of
-
-
-def one_line(stderr: str) -> str:
-    assert stderr.startswith("char_lm.py: error: ")
-    assert stderr.count("\n") == 1, f"more than one line:\n{stderr}"
-    return stderr
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +129,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(text: Path, tmp_path: Path) -> 
     checkpoint = tmp_path / "checkpoint.pt"
     process = subprocess.Popen(
         command(*options),
-        env=environment(),
+        env=scripts.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -206,19 +163,20 @@ def test_only_one(name: str, text: Path, finished: tuple[Path, str], tmp_path: P
 def test_a_wrong_gradient_is_found(text: Path, tmp_path: Path) -> None:
     """The agreement check must be able to fail: one gradient of one layer has the wrong sign."""
     spoilt = (
-        "import runpy, sys, torch_bptt\n"
+        "import os, runpy, sys, torch_bptt\n"
         "class Spoilt(torch_bptt.RNN):\n"
         "    def __init__(self, *args, **kwargs):\n"
         "        super().__init__(*args, **kwargs)\n"
         "        self.bias_hh_l0.register_hook(lambda grad: -grad)\n"
         "torch_bptt.RNN = Spoilt\n"
         "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = os.path.dirname(sys.argv[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     options = [*SIZES, "--text", text, "--out", tmp_path, "--no-plot"]
     done = subprocess.run(
         [sys.executable, "-c", spoilt, *command(*options)[1:]],
-        env=environment(), capture_output=True, text=True, timeout=300,
+        env=scripts.environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "the layers disagree: losses of the first 10 steps differ by" in done.stderr
@@ -245,7 +203,7 @@ BAD_TEXT = {  # content of the file (None: there is none), what the message says
 
 
 @pytest.mark.parametrize("kind", BAD_TEXT)
-def test_bad_text(kind: str, tmp_path: Path, error_of: ErrorOf) -> None:
+def test_bad_text(kind: str, tmp_path: Path) -> None:
     content, message = BAD_TEXT[kind]
     path = tmp_path / "input"
     if content is not None:
@@ -260,7 +218,6 @@ BAD_OPTIONS = {  # options, what the message says; FILE is a good text, FOLDER a
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "only": ("--only jax", "argument --only: invalid choice: 'jax'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--text FILE --out FILE/x", "cannot make the folder"),
     "checkpoint": ("--text FILE --out FOLDER --checkpoint FOLDER", "cannot be written"),
     "resume missing": ("--text FILE --resume FOLDER/none.pt", "cannot be read: No such file"),
     "resume text": ("--text FILE --resume FILE", "is not a checkpoint of this example"),
@@ -268,7 +225,7 @@ BAD_OPTIONS = {  # options, what the message says; FILE is a good text, FOLDER a
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_bad_options(kind: str, text: Path, tmp_path: Path, error_of: ErrorOf) -> None:
+def test_bad_options(kind: str, text: Path, tmp_path: Path) -> None:
     options, message = BAD_OPTIONS[kind]
     options = options.replace("FILE", str(text)).replace("FOLDER", str(tmp_path)).split()
     assert message in error_of(*SIZES, *options)
@@ -288,22 +245,12 @@ def test_a_checkpoint_that_does_not_fit(
     text: Path,
     finished: tuple[Path, str],
     tmp_path: Path,
-    error_of: ErrorOf,
 ) -> None:
     resume = ["--resume", finished[0] / "checkpoint.pt", "--out", tmp_path]
     assert message in error_of(*SIZES, "--text", text, *resume, *options.split())
 
 
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
-def test_a_missing_package_is_named(
-    package: str, monkeypatch: pytest.MonkeyPatch, error_of: ErrorOf
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != package and find(name))
-    assert error_of(*SIZES).endswith(f" this example needs {package}: pip install {package}\n")
-
-
 def test_a_wrong_request_ends_the_process(tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
-    stderr = one_line(run(*SIZES, "--text", path, code=2).stderr)
+    stderr = scripts.one_line(SCRIPT, run(*SIZES, "--text", path, code=2).stderr)
     assert stderr.endswith(f" --text {path}: cannot be read: No such file or directory\n")

@@ -1,15 +1,12 @@
 """examples/online_learning.py: as a user runs it, and its parts against other computations."""
 
 import argparse
-import importlib.util
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 import torch_bptt
@@ -17,7 +14,7 @@ import torch_bptt
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "online_learning.py"
+SCRIPT = scripts.EXAMPLES / "online_learning.py"
 NAMES = ["RTRL", "SnAp-1", "BPTT, window 3", "BPTT, window 6"]
 
 
@@ -40,13 +37,7 @@ def main(example, monkeypatch):
 
 def test_as_a_user_runs_it(tmp_path):
     """A process of its own, where neither a terminal nor a screen is there."""
-    package = str(Path(torch_bptt.__file__).parents[1])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = scripts.run(SCRIPT, "--quick", "--out", tmp_path)
     assert done.stderr == ""
     assert (tmp_path / "online_learning.png").read_bytes().startswith(b"\x89PNG")
     assert f"picture: {tmp_path / 'online_learning.png'}" in done.stdout
@@ -149,29 +140,10 @@ WRONG = {
     "lr": ("--lr nan", "argument --lr: invalid positive value: 'nan'"),
     "alpha": ("--alpha 1.5", "argument --alpha: invalid leak value: '1.5'"),
     "unknown": ("--speed 9", "unrecognized arguments: --speed 9"),
-    "out": ("--quick --out FILE/x", "cannot make the folder"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_options(kind, main, capsys, tmp_path):
+def test_wrong_options(kind):
     options, message = WRONG[kind]
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as caught:
-        main(*options.replace("FILE", str(tmp_path / "file")).split())
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("online_learning.py: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
-def test_a_missing_package_is_named(package, main, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != package and find(name))
-    with pytest.raises(SystemExit):
-        main("--quick")
-    assert capsys.readouterr().err.endswith(
-        f"this example needs {package}: pip install {package}\n"
-    )
+    assert message in scripts.error_of(SCRIPT, *options.split())
