@@ -278,7 +278,7 @@ def _refuse_compiled_transforms() -> None:
         )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch rewrites what runs now."""
     return torch.compiler.is_compiling() or _needs_function()
 

@@ -46,7 +46,7 @@ def run_in_stretches(
         _refuse_transforms()
         _refuse_uneven_cuts(options, batch_sizes)
     # A second bidirectional layer waits for the whole output of the first.
-    whole = autograd._transformed() or len(layers) > directions > 1
+    whole = autograd.transformed() or len(layers) > directions > 1
     if not whole:
         steps, rows = (
             x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
@@ -66,9 +66,9 @@ def run_in_stretches(
     outputs, states = [], []
     for way, h0 in enumerate(hx.chunk(directions)):
         tensors, put_back = _take_tensors((layers[way::directions], options[way]))
-        stretches = _cut(x, batch_sizes, keep[way], length, options[way])
+        stretches = cut(x, batch_sizes, keep[way], length, options[way])
         plan = _Plan(stack, put_back, draws, need_output, stretches)
-        output, h_n = (Checkpointed.apply if graph else _forward)(plan, x, h0, *tensors)
+        output, h_n = (Checkpointed.apply if graph else run_stretches)(plan, x, h0, *tensors)
         outputs.append(output)
         states.append(h_n)
     if directions == 1:
@@ -97,7 +97,7 @@ def _take_tensors(tree):
 
 
 def _refuse_transforms():
-    if autograd._transformed():
+    if autograd.transformed():
         raise NotImplementedError(
             "checkpoint must be None under transforms (torch.func, forward mode, torch.compile, "
             "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "
@@ -135,7 +135,7 @@ class _Stretch(NamedTuple):
     cut: bool
 
 
-def _cut(x, batch_sizes, keep, length, options):
+def cut(x, batch_sizes, keep, length, options):
     """All steps in stretches of ``length``, in the order they are run.
 
     The kernel counts the steps of truncation from where its call starts. So a stretch is a part of
@@ -200,7 +200,7 @@ def _replace(state, rows):
     return torch.cat([rows, state[:, batch:].to(rows.dtype)], 1)
 
 
-def _forward(plan, x, h0, *tensors, note=lambda number, state: None):
+def run_stretches(plan, x, h0, *tensors, note=lambda number, state: None):
     """The output, if it is needed, and h_n; ``note`` gets the state before every stretch."""
     network, output, state = plan.put_back(tensors), None, h0
     for number, stretch in enumerate(plan.stretches):
@@ -236,7 +236,7 @@ class Checkpointed(Function):
             if plan.random:
                 numbers[number] = _generator(x.device).get_state()
 
-        output, h_n = _forward(plan, x, h0, *tensors, note=note)
+        output, h_n = run_stretches(plan, x, h0, *tensors, note=note)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, *tensors, states)
         ctx.plan, ctx.numbers, ctx.autocast = plan, numbers, _autocast(x.device.type)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
-from torch_bptt.autograd import _transformed as transformed
+from torch_bptt.autograd import transformed
 from torch_bptt.head import IGNORED, Criterion, activations, total_loss
 from torch_bptt.layout import Layout, pick
 from torch_bptt.rnn import RNN

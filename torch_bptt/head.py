@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torch_bptt import checks
-from torch_bptt.autograd import _transformed as transformed
+from torch_bptt.autograd import transformed
 
 IGNORED = -100  # a class that is none: torch.nn.functional.cross_entropy's ignore_index
 

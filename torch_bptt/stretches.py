@@ -63,11 +63,11 @@ def total_in_stretches(
     length = rnn.checkpoint
     length = math.isqrt(layout.steps - 1) + 1 if length is True else length
     options = Options(rnn.nonlinearity, truncate=rnn.truncate or 0)
-    stretches = checkpoint._cut(x, batch_sizes, reset, length, options)
+    stretches = checkpoint.cut(x, batch_sizes, reset, length, options)
     plan = _Plan(rnn, lengths, target, counted, criterion, stretches)
     tensors = [x, hx, *rnn.parameters(), weight, *([] if bias is None else [bias])]
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    run = checkpoint.Checkpointed.apply if graph else checkpoint._forward
+    run = checkpoint.Checkpointed.apply if graph else checkpoint.run_stretches
     sums, h_n = run(plan, *tensors)
     if layout.packed is not None and inverse is not None:
         h_n = h_n.index_select(1, inverse)
