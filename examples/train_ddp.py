@@ -13,7 +13,7 @@ sequence to sequence, and at its end the network has to say which symbol it was.
 
 The number of processes changes neither which sequences a batch has nor, to rounding, the gradient.
 Training goes on from the last checkpoint in --out if there is one, with any number of processes and
-either strategy. So `torchrun --max-restarts 3` survives the death of a worker, and nothing is lost.
+any strategy. So `torchrun --max-restarts 3` survives the death of a worker, and nothing is lost.
 docs/distributed.md has more.
 
 Symbols: T steps, B batch, H hidden size.
@@ -79,17 +79,17 @@ class Recall(nn.Module):
 
     def __init__(self, hidden: int, layers: int, noise: float) -> None:
         super().__init__()
-        options = {"batch_first": True, "learn_h0": True, "noise": noise}
-        self.rnn = torch_bptt.RNN(SYMBOLS, hidden, layers, **options)
+        more = {"batch_first": True, "learn_h0": True, "noise": noise}
+        self.rnn = torch_bptt.RNN(SYMBOLS, hidden, layers, **more)
         self.readout = nn.Linear(hidden, SYMBOLS)
         orthogonal_(self.rnn)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x (B, T, SYMBOLS), lengths (B,) -> logits (B, SYMBOLS), float32."""
+        """x (B, T, SYMBOLS), lengths (B,) -> logits (B, SYMBOLS)."""
         # hx is None in every call, so every call uses h0. DDP waits for the gradient of every
         # parameter: where only some calls pass hx it needs find_unused_parameters=True.
         _, h_n = self.rnn(x, lengths=lengths)
-        return self.readout(h_n[-1]).float()
+        return self.readout(h_n[-1])
 
 
 def distribute(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -160,7 +160,6 @@ class Trainer:
         """One step of training on the next batch -> its loss and the norm of its gradient."""
         rows, total = self.shares.take()
         # Random numbers are a function of seed, step and process, so that none have to be saved.
-        # Of a seed PyTorch's generator takes 32 bits.
         key = f"{self.args.seed} {self.step} {self.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "big"))
         self.optimizer.zero_grad()
@@ -201,7 +200,8 @@ class Trainer:
         x, lengths, symbol = (part[rows] for part in data)
         narrow = self.args.precision == "bfloat16" and self.args.strategy != "fsdp"
         with torch.autocast(self.device, torch.bfloat16, enabled=narrow):
-            return self.model(x, lengths), symbol
+            logits = self.model(x, lengths)
+        return logits.to(torch.get_default_dtype()), symbol  # a loss is never narrow
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -299,10 +299,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        description="Train an RNN in several processes, with DDP or FSDP2.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--strategy", choices=["ddp", "static", "fsdp"], default="ddp", help="see docs")
     add("--rows", type=count, metavar="N", default=2000, help="sequences to learn from")
@@ -324,6 +321,10 @@ def parse_arguments() -> argparse.Namespace:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch % world:
         fail(f"--batch must be a multiple of the number of processes, {world}, got {args.batch}")
+    own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not own_store:
+        # Else all attempts share one store, where a new one can find addresses of the dead.
+        fail("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment")
     return args
 
 
@@ -387,10 +388,15 @@ def main() -> None:
     except OSError as error:
         fail(f"cannot make the folder {error.filename}: {error.strerror}")
     start(args)
+    code = 0
     try:
         train(args)
-    finally:
-        dist.destroy_process_group()
+    except SystemExit as stop:
+        code = stop.code
+    dist.destroy_process_group()
+    # Threads of gloo that FSDP still holds can abort Python while it ends: it does not get there.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
