@@ -175,11 +175,12 @@ class Trainer:
 
         Where the batch leaves a process without rows, DDP has join(): the others go on, and the
         idle one answers their calls. It gets no gradient that way, and without one its optimizer
-        would fall behind, so the first process, which always has rows, sends the gradient. FSDP
-        has no join; a call with B = 0 rows takes part and adds nothing.
+        would fall behind, so the first process, which always has rows, sends the gradient. FSDP has
+        no join, and the first update of a static graph must not be in one: there a call with B = 0
+        rows takes part and adds nothing, as it could here.
         """
         idle = total <= self.shares.share * (self.world - 1)  # somebody is, and all know it
-        if not idle or self.args.strategy == "fsdp":
+        if not idle or self.args.strategy != "ddp":
             return self.backward(rows, total)
         with self.model.join(divide_by_initial_world_size=True):
             loss = self.backward(rows, total) if len(rows) else torch.zeros((), device=self.device)

@@ -8,6 +8,7 @@ tests look at what they returned.
 first attempt is killed when N updates are made.
 """
 
+import json
 import os
 import re
 import runpy
@@ -105,11 +106,10 @@ def check_gradients(example: Example, strategy: str) -> list[tuple[int, float]]:
         loss = cross_entropy(plain_rnn(alone, x[rows], lengths[rows]), symbol[rows])
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in alone.parameters()]).norm()
-        for p in alone.parameters():  # what clip_grad_norm_ is meant to do
-            p.grad *= min(1, 1 / norm)
+        for p in alone.parameters():  # as clip_grad_norm_, which adds 1e-6 to the norm
+            p.grad *= min(1, 1 / (norm + 1e-6))
         got_loss, got_norm = trainer.update()
         assert abs(got_loss - loss) < ROUNDING
-        # clip_grad_norm_ divides by the norm and 1e-6.
         assert abs(got_norm - norm) < ROUNDING * max(1, norm)
         found.append((len(rows), relative(gradients(trainer.model), gradients(alone))))
     assert trainer.shares.state_dict() == {"epoch": 1, "position": 0}
@@ -166,7 +166,8 @@ def check_h0_out_of_use(options: dict[str, bool]) -> str:
         for _ in range(3):
             model(torch.randn(5, 2, 3), torch.zeros(1, 2, 4))[1].sum().backward()
     except RuntimeError as error:
-        return str(error)
+        assert "find_unused_parameters=True" in str(error)
+        return "refused"
     assert rnn.h0.grad is None
     return "trained"
 
@@ -221,7 +222,7 @@ def be_a_worker(path: str) -> None:
             results[name] = check()
         except Exception:
             results[name] = traceback.format_exc()
-        torch.save(results, f"{path}/{dist.get_rank()}.pt")
+        Path(path, f"{dist.get_rank()}.json").write_text(json.dumps(results))
     os._exit(0)  # past the reduction that the last check has left open
 
 
@@ -277,7 +278,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
     """What the checks returned in either process."""
     path = tmp_path_factory.mktemp("checks")
     process = torchrun(__file__, "worker", path)
-    results = [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
+    results = [json.loads((path / f"{rank}.json").read_text()) for rank in (0, 1)]
     # A check that failed in one process alone may have ended the other.
     failed = [found for one in results for found in one.values() if "Traceback" in str(found)]
     assert not failed, failed[0]
@@ -301,9 +302,9 @@ def result(results: list[dict[str, object]]):
 def test_gradients_are_those_of_one_process(strategy: str, result) -> None:
     """Loss, norm and clipped gradient of every update of an epoch; the last batch has 5 of 8 rows,
     so 4 and 1."""
-    found = result(f"check_gradients {strategy}")
-    assert [rows for rows, _ in found] == [8, 8, 8, 8, 5]
-    assert max(difference for _, difference in found) < ROUNDING
+    sizes, differences = zip(*result(f"check_gradients {strategy}"), strict=True)
+    assert sizes == (8, 8, 8, 8, 5)
+    assert max(differences) < ROUNDING
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "static"])
@@ -336,7 +337,7 @@ def test_layers_sharded_one_by_one(result) -> None:
 def test_a_learned_initial_state_out_of_use(result) -> None:
     assert result("check_h0_out_of_use static_graph") == "trained"
     assert result("check_h0_out_of_use find_unused_parameters") == "trained"
-    assert "find_unused_parameters=True" in result("check_h0_out_of_use neither")
+    assert result("check_h0_out_of_use neither") == "refused"
 
 
 # 7 updates an epoch: six of 16 rows, one of 4, which leave the second process idle.
@@ -409,7 +410,9 @@ def test_a_killed_worker_ends_the_job_and_any_number_goes_on(tmp_path: Path) -> 
     done(run([SCRIPT, *SIZES, "--out", alone]))
     got, expected = metrics(out), metrics(alone)
     assert torch.equal(got[:, :2], expected[:, :2])
-    torch.testing.assert_close(got, expected, rtol=1e-2, atol=0)
+    # Rounding of float32, 6e-8, grows from update to update, in these 35 to some 1e-6. A batch that
+    # is lost or comes twice changes the loss by more than 1e-2.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
 
 
 BAD_OPTIONS = {  # options, what the message says
