@@ -1,6 +1,6 @@
 """Several processes train one torch_bptt.RNN, with PyTorch's DistributedDataParallel or FSDP2.
 
-    torchrun --nproc-per-node 2 examples/train_ddp.py                     # about a minute
+    torchrun --nproc-per-node 2 examples/train_ddp.py                     # some seconds
     torchrun --nproc-per-node 2 examples/train_ddp.py --strategy fsdp --out out/fsdp
     python examples/train_ddp.py                                          # one process, no torchrun
     python examples/train_ddp.py --help
@@ -13,8 +13,7 @@ sequence to sequence, and at its end the network has to say which symbol it was.
 
 The number of processes changes neither which sequences a batch has nor, to rounding, the gradient.
 Training goes on from the last checkpoint in --out if there is one, with any number of processes and
-any strategy. So `torchrun --max-restarts 3` survives the death of a worker, and nothing is lost.
-docs/distributed.md has more.
+any strategy, so it survives the death of a worker. docs/distributed.md has more.
 
 Symbols: T steps, B batch, H hidden size.
 """
@@ -106,7 +105,7 @@ def distribute(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 # --- which process reads what ---------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)  # drawn once an epoch
+@functools.lru_cache(maxsize=1)
 def shuffled(rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
@@ -173,11 +172,10 @@ class Trainer:
     def add_gradient(self, rows: Tensor, total: int) -> Tensor:
         """The gradient of the mean over all rows of the batch, in every process -> own part of it.
 
-        Where the batch leaves a process without rows, DDP has join(): the others go on, and the
-        idle one answers their calls. It gets no gradient that way, and without one its optimizer
-        would fall behind, so the first process, which always has rows, sends the gradient. FSDP has
-        no join, and the first update of a static graph must not be in one: there a call with B = 0
-        rows takes part and adds nothing, as it could here.
+        Where the batch leaves a process without rows, DDP has join(): the idle one answers the
+        calls of the others. It gets no gradient that way, and its optimizer would fall behind, so
+        the first process, which always has rows, sends it. FSDP has no join, and a static graph
+        must not begin in one: there a call with B = 0 rows takes part and adds nothing.
         """
         idle = total <= self.shares.share * (self.world - 1)  # somebody is, and all know it
         if not idle or self.args.strategy != "ddp":
@@ -322,10 +320,10 @@ def parse_arguments() -> argparse.Namespace:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch % world:
         fail(f"--batch must be a multiple of the number of processes, {world}, got {args.batch}")
-    own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not own_store:
-        # Else all attempts share one store, where a new one can find addresses of the dead.
-        fail("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment")
+    # Otherwise all attempts share one store, where a new one can find addresses of the dead.
+    own = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(own) != "1":
+        fail(f"--max-restarts needs {own}=1 in the environment")
     return args
 
 
@@ -342,14 +340,13 @@ def start(args: argparse.Namespace) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     trainer = Trainer(args)
     resume(trainer)
     steps = args.epochs * math.ceil(args.rows / args.batch)
-    first = trainer.rank == 0
-    if first:
+    if first := trainer.rank == 0:
         lines = open_record(args.out / "metrics.csv", trainer.step)
         where = f"after update {trainer.step} of {steps}"
         print(f"{args.strategy}, processes: {trainer.world}; start {where}", flush=True)
@@ -377,6 +374,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"median time of an update: {1e3 * statistics.median(seconds):.2f} ms")
         print(f"right answers on new sequences: {accuracy:.1%}; guessing has {1 / SYMBOLS:.0%}")
         print(f"numbers: {args.out}/metrics.csv; checkpoints: {args.out}/checkpoints")
+    return 0
 
 
 @record
@@ -389,13 +387,12 @@ def main() -> None:
     except OSError as error:
         fail(f"cannot make the folder {error.filename}: {error.strerror}")
     start(args)
-    code = 0
     try:
-        train(args)
+        code = train(args)
     except SystemExit as stop:
         code = stop.code
     dist.destroy_process_group()
-    # Threads of gloo that FSDP still holds can abort Python while it ends: it does not get there.
+    # While Python ends, threads of gloo can abort it, so it does not get there.
     sys.stdout.flush()
     os._exit(code)
 
