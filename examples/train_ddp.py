@@ -3,7 +3,6 @@
     torchrun --nproc-per-node 2 examples/train_ddp.py                     # some seconds
     torchrun --nproc-per-node 2 examples/train_ddp.py --strategy fsdp --out out/fsdp
     python examples/train_ddp.py                                          # one process, no torchrun
-    python examples/train_ddp.py --help
 
 The task: each sequence begins with one of four symbols, noise follows for a time that differs from
 sequence to sequence, and at its end the network has to say which symbol it was.
@@ -317,8 +316,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rows < args.batch:
         fail(f"--rows must be at least --batch {args.batch}, got {args.rows}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch % world:
+    if args.batch % (world := int(os.environ.get("WORLD_SIZE", "1"))):
         fail(f"--batch must be a multiple of the number of processes, {world}, got {args.batch}")
     # Otherwise all attempts share one store, where a new one can find addresses of the dead.
     own = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -348,8 +346,8 @@ def train(args: argparse.Namespace) -> int:
     steps = args.epochs * math.ceil(args.rows / args.batch)
     if first := trainer.rank == 0:
         lines = open_record(args.out / "metrics.csv", trainer.step)
-        where = f"after update {trainer.step} of {steps}"
-        print(f"{args.strategy}, processes: {trainer.world}; start {where}", flush=True)
+        print(f"{args.strategy}, processes: {trainer.world}; ", end="")
+        print(f"start after update {trainer.step} of {steps}", flush=True)
     bar = tqdm(total=steps, initial=trainer.step, disable=None if first else True, unit="update")
     seconds = []
     while trainer.step < steps:
