@@ -1,6 +1,6 @@
 """What DistributedDataParallel adds to a training step of torch_bptt.RNN, process by process.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/distributed.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/ddp.py
 
 A step with and without the exchange of gradients (no_sync), in turn; medians. B is the rows of one
 process, and I = H. docs/distributed.md has the arithmetic that this goes with.
