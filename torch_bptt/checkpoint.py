@@ -53,7 +53,7 @@ def run_in_stretches(
         )
         graph = torch.is_grad_enabled() and _any_requires_grad((x, hx, layers, options))
         if graph:
-            length = math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
+            length = stretch_length(checkpoint, steps)
             whole = checkpoint is None
         else:
             length = max(1, AT_ONCE // max(1, rows * hidden))
@@ -74,6 +74,11 @@ def run_in_stretches(
     if directions == 1:
         return output, h_n
     return torch.cat(outputs, -1) if need_output else None, torch.cat(states)
+
+
+def stretch_length(checkpoint, steps):
+    """c, from the option as it was given; ``cut`` may round it."""
+    return math.isqrt(steps - 1) + 1 if checkpoint is True else checkpoint
 
 
 def _any_requires_grad(tree):

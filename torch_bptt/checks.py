@@ -139,9 +139,7 @@ def check_choice(operation, name, value, choices):
 
 def check_count(operation, name, value):
     """value is an int of at least 1."""
-    _check_number(
-        operation, name, value, numbers.Integral, "an int of at least 1", lambda n: n >= 1
-    )
+    check_number(operation, name, value, numbers.Integral, "an int of at least 1", lambda n: n >= 1)
 
 
 def check_reset(reset, shape, device):
@@ -218,21 +216,19 @@ def check_options(operation, alpha, truncate, clip_grad_h, recurrent_dropout, no
     """Raise TypeError or ValueError unless the options beyond torch.nn.RNN make sense."""
     real = numbers.Real
     if not isinstance(alpha, torch.Tensor):
-        _check_number(operation, "alpha", alpha, real, "a number in (0, 1]", lambda a: 0 < a <= 1)
+        check_number(operation, "alpha", alpha, real, "a number in (0, 1]", lambda a: 0 < a <= 1)
     expected = "a number in [0, 1)"
-    _check_number(
+    check_number(
         operation, "recurrent_dropout", recurrent_dropout, real, expected, lambda p: 0 <= p < 1
     )
     expected = "a finite number of at least 0"
-    _check_number(operation, "noise", noise, real, expected, lambda s: 0 <= s < math.inf)
+    check_number(operation, "noise", noise, real, expected, lambda s: 0 <= s < math.inf)
     if truncate is not None:
         expected = "None or an int of at least 1"
-        _check_number(operation, "truncate", truncate, numbers.Integral, expected, lambda k: k >= 1)
+        check_number(operation, "truncate", truncate, numbers.Integral, expected, lambda k: k >= 1)
     if clip_grad_h is not None:
         expected = "None or a number above 0"
-        _check_number(
-            operation, "clip_grad_h", clip_grad_h, numbers.Real, expected, lambda c: c > 0
-        )
+        check_number(operation, "clip_grad_h", clip_grad_h, numbers.Real, expected, lambda c: c > 0)
 
 
 def check_checkpoint(operation, checkpoint, num_layers=1, directions=1):
@@ -241,7 +237,7 @@ def check_checkpoint(operation, checkpoint, num_layers=1, directions=1):
         return
     if checkpoint is not True:
         expected = "None, True or an int of at least 1"
-        _check_number(
+        check_number(
             operation, "checkpoint", checkpoint, numbers.Integral, expected, lambda c: c >= 1
         )
     if num_layers > 1 and directions > 1:
@@ -298,7 +294,8 @@ def check_restart(restart, input, hidden_size):
         )
 
 
-def _check_number(operation, name, value, kind, expected, fits):
+def check_number(operation, name, value, kind, expected, fits):
+    """value is of ``kind``, no bool, and fits; ``expected`` says so in words."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{operation}: {name} must be {expected}, got {value!r}")
     if not fits(value):

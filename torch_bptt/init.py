@@ -17,6 +17,7 @@ import numbers
 import torch
 from torch import Tensor, nn
 
+from torch_bptt import checks
 from torch_bptt.rnn import RNN, RNNCell
 
 
@@ -58,14 +59,11 @@ def orthogonal_(
         Saxe, McClelland and Ganguli (2014), Exact solutions to the nonlinear dynamics of learning
         in deep linear neural networks.
     """
-    _check_number("orthogonal_", "gain", gain)
-    recurrent, biases = _parameters("orthogonal_", rnn)
-    for weight in recurrent:
+    checks.check_number("orthogonal_", "gain", gain, numbers.Real, "a finite number", math.isfinite)
+    for weight in _without_biases("orthogonal_", rnn):
         # The QR decomposition behind it knows no 16-bit numbers.
         drawn = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         weight.copy_(nn.init.orthogonal_(drawn, gain, generator))
-    for bias in biases:
-        bias.zero_()
     return rnn
 
 
@@ -100,25 +98,14 @@ def identity_(rnn: nn.Module, scale: float = 1.0) -> nn.Module:
         Le, Jaitly and Hinton (2015), A simple way to initialize recurrent networks of rectified
         linear units.
     """
-    _check_number("identity_", "scale", scale)
-    recurrent, biases = _parameters("identity_", rnn)
-    for weight in recurrent:
+    checks.check_number("identity_", "scale", scale, numbers.Real, "a finite number", math.isfinite)
+    for weight in _without_biases("identity_", rnn):
         nn.init.eye_(weight).mul_(scale)
-    for bias in biases:
-        bias.zero_()
     return rnn
 
 
-def _check_number(operation: str, name: str, value: object) -> None:
-    message = f"{operation}: {name} must be a finite number, got {value!r}"
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(message)
-    if not math.isfinite(value):
-        raise ValueError(message)
-
-
-def _parameters(operation: str, rnn: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """W_hh and the biases of all layers and directions."""
+def _without_biases(operation: str, rnn: nn.Module) -> list[Tensor]:
+    """Make the biases of all layers and directions zero, if all is well; return every W_hh."""
     if not isinstance(rnn, (RNN, RNNCell, nn.RNN, nn.RNNCell)):
         raise TypeError(
             f"{operation}: rnn must be an RNN or RNNCell of torch_bptt or torch.nn, "
@@ -130,7 +117,9 @@ def _parameters(operation: str, rnn: nn.Module) -> tuple[list[Tensor], list[Tens
         [_plain(operation, rnn, name) for name in names if name.startswith(kind)]
         for kind in ("weight_hh", "bias")
     )
-    return recurrent, biases
+    for bias in biases:
+        bias.zero_()
+    return recurrent
 
 
 def _plain(operation, rnn, name):

@@ -6,7 +6,6 @@ gradients are ever held, T / c + c of them for stretches of c steps.
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +59,7 @@ def total_in_stretches(
     elif lengths is not None:
         lengths = checks.check_lengths(lengths, layout.steps, layout.rows)
 
-    length = rnn.checkpoint
-    length = math.isqrt(layout.steps - 1) + 1 if length is True else length
+    length = checkpoint.stretch_length(rnn.checkpoint, layout.steps)
     options = Options(rnn.nonlinearity, truncate=rnn.truncate or 0)
     stretches = checkpoint.cut(x, batch_sizes, reset, length, options)
     plan = _Plan(rnn, lengths, target, counted, criterion, stretches)

@@ -195,10 +195,9 @@ def _tensors(name, tree):
 
 def _check_counts(**counts):
     for name, count in counts.items():
-        if not isinstance(count, numbers.Integral) or isinstance(count, bool):
-            raise TypeError(f"tbptt: {name} must be a positive int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"tbptt: {name} must be a positive int, got {count}")
+        checks.check_number(
+            "tbptt", name, count, numbers.Integral, "a positive int", lambda k: k >= 1
+        )
 
 
 def _parts(module):
