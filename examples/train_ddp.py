@@ -389,6 +389,11 @@ def main() -> None:
         code = train(args)
     except SystemExit as stop:
         code = stop.code
+    except RuntimeError:
+        # Mostly the end of another process. torchrun looks every tenth of a second, and names the
+        # first it finds dead: this one waits, and is ended by torchrun while it does.
+        time.sleep(2)
+        raise
     dist.destroy_process_group()
     # While Python ends, threads of gloo can abort it, so it does not get there.
     sys.stdout.flush()
