@@ -83,7 +83,9 @@ def anchors(page):
 @pytest.mark.parametrize("page", MARKDOWN, ids=name)
 def test_links_lead_somewhere(page):
     for match, path, anchor, _ in sources.links(page):
-        assert path is None or path.exists(), match[0]
+        # Sphinx makes pages of files alone: a folder may be linked only where GitHub shows the page.
+        found = Path.is_file if page in PAGES else Path.exists
+        assert path is None or found(path), match[0]
         target = page if match[1].startswith("#") else path
         if anchor and target and target.suffix == ".md":
             assert anchor in anchors(target), match[0]
