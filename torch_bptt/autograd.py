@@ -90,11 +90,6 @@ def rnn_layer(
     """
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
     if _needs_function():
-        if torch.onnx.is_in_onnx_export():
-            raise NotImplementedError(
-                "torch.onnx.export: dynamo must be True, as the other exporter knows no operators "
-                "but PyTorch's, got False: or export module.to_torch()"
-            )
         h, h_n, _ = RNNForward.apply(
             *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
         )
@@ -278,16 +273,25 @@ def _refuse_compiled_transforms() -> None:
         )
 
 
+def _refuse_the_old_onnx_exporter() -> None:
+    """It takes the graph of torch.jit.trace, in which a layer is an operator of ours."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "torch.onnx.export: dynamo must be True, as the other exporter knows no operators "
+            "but PyTorch's, got False: or export module.to_torch()"
+        )
+
+
 def transformed() -> bool:
-    """Whether torch rewrites what runs now."""
-    return torch.compiler.is_compiling() or _needs_function()
+    """Whether torch rewrites, or notes, what runs now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _needs_function()
 
 
 def _needs_function() -> bool:
     """Whether that takes a Function in Python.
 
     Else an operator whose node in the graph is in C++ will do, which takes less time. torch.compile
-    and torch.export see through it.
+    and torch.export see through it, and torch.jit.trace can save it.
     """
     if torch.compiler.is_compiling():
         _refuse_compiled_transforms()
@@ -295,9 +299,10 @@ def _needs_function() -> bool:
     if torch._C._are_functorch_transforms_active():
         _refuse_nested_forward_mode()
         return True
+    if torch.jit.is_tracing():
+        _refuse_the_old_onnx_exporter()
     return (
         forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
         # torch.utils.checkpoint stops a second forward by an exception out of such a hook, which
         # leaves a node in C++ half made, in a cycle with its output that nothing frees.
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
