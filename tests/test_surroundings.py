@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from pairs import assert_same
+from pairs import assert_same, randn
 from subjects import (
     FORMS,
     LENGTHS,
@@ -264,6 +264,79 @@ def test_hooks_of_tensors(form):
             assert_same("gradient", mine, other)
         else:
             assert mine == other
+
+
+# ---- derivatives of other kinds ------------------------------------------------------------------
+
+# Not packed: PyTorch's own pack_padded_sequence has neither. lengths= takes its place.
+not_packed = pytest.mark.parametrize("form", [form for form in FORMS if form != "packed"])
+
+
+def plain_tensors(subject):
+    return tuple(tensor.detach() for tensor in subject.tensors)
+
+
+def squares(call, *others):
+    """One number, as a function of the input alone."""
+    return lambda x: sum(part.square().sum() for part in call(x, *others))
+
+
+@every_form
+def test_backward_in_eval_mode(form):
+    subject = Subject(form)
+    subject.net.eval()
+    assert_as_the_loop(subject)
+
+
+@every_form
+def test_gradient_of_a_gradient(form):
+    """Through lengths, packing, resets and truncation alike."""
+    subject = Subject(form)
+    found = []
+    for call in (subject.call, subject.loop):
+        results = call(*subject.tensors)
+        first = gradients(results, subject.leaves, create_graph=True)
+        found.append(gradients([part.square() for part in first], subject.leaves))
+    for mine, other in zip(*found, strict=True):
+        assert_same("second derivative", mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # linearize's
+@not_packed
+def test_forward_mode(form):
+    subject = Subject(form)
+    given = plain_tensors(subject)
+    along = tuple(randn(*tensor.shape, seed=5) for tensor in given)
+    expected = torch.func.jvp(subject.loop, given, along)
+    for mine, other in zip(torch.func.jvp(subject.call, given, along), expected, strict=True):
+        assert_same("value or tangent", mine[0], other[0])
+        assert_same("value or tangent", mine[-1], other[-1])
+    _, linear = torch.func.linearize(subject.call, *given)
+    for mine, other in zip(linear(*along), expected[1], strict=True):
+        assert_same("tangent", mine, other)
+
+
+@not_packed
+def test_hessian(form):
+    subject = Subject(form)
+    x, *others = plain_tensors(subject)
+    got, expected = (
+        torch.func.hessian(squares(call, *others))(x) for call in (subject.call, subject.loop)
+    )
+    assert_same("hessian", got, expected)
+
+
+@not_packed
+def test_vmap_over_inputs_and_their_gradients(form):
+    subject = Subject(form)
+    x, *others = plain_tensors(subject)
+    many = torch.stack([x, -2 * x, x.flip(0)])
+    got = torch.func.vmap(lambda x: subject.call(x, *others))(many)
+    slopes = torch.func.vmap(torch.func.grad(squares(subject.call, *others)))(many)
+    for i, x in enumerate(many):
+        for mine, other in zip(got, subject.loop(x, *others), strict=True):
+            assert_same("result", mine[i], other)
+        assert_same("slope", slopes[i], torch.func.grad(squares(subject.loop, *others))(x))
 
 
 # ---- activation checkpointing --------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numbers
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt._extension import _C
@@ -171,7 +172,12 @@ def check_no_lengths(lengths):
 
 def values_are_unknown(input):
     """Whether the program is noted rather than run, so that no shape may depend on a value."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, FakeTensor)
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_fx_symbolic_tracing()  # by make_fx, which torch.func.linearize uses
+        or isinstance(input, FakeTensor)
+    )
 
 
 def check_lengths(lengths, steps, rows, device=None):
