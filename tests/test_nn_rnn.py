@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchgen
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -17,7 +18,7 @@ T, B, I, H = 5, 2, 3, 4  # noqa: E741
 
 
 # What it warns of on the way to failing, or to working.
-quietly = pytest.mark.filterwarnings(
+pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore::FutureWarning",
     "ignore::DeprecationWarning",
@@ -127,7 +128,6 @@ REFUSED = {
 }
 
 
-@quietly
 @pytest.mark.parametrize(("act", "error"), REFUSED.items(), ids=[e for _, e in REFUSED.values()])
 def test_nn_rnn_refuses(act, error):
     kind, words = error
@@ -159,7 +159,7 @@ def test_nn_rnn_compiles_a_graph_for_each_length_where_the_setting_allows_it():
 # ---- what works ----------------------------------------------------------------------------------
 
 
-def derivatives():
+def test_nn_rnn_has_second_and_forward_derivatives():
     rnn, given = net(), x().requires_grad_()
     (first,) = torch.autograd.grad(squares(rnn, given), given, create_graph=True)
     assert torch.autograd.grad(first.square().sum(), given)[0].abs().sum() > 0
@@ -170,35 +170,35 @@ def derivatives():
     squares(rnn, given).backward()
 
 
-def packed_sequences():
+def test_nn_rnn_takes_packed_sequences():
     output, h_n = net()(packed(x()))
     assert (output.data.shape, h_n.shape) == ((8, H), (1, B, H))
 
 
-def export_with_dynamic_rows():
+def test_nn_rnn_is_exported_with_dynamic_rows():
     shapes = {"input": {1: torch.export.Dim("rows", min=2)}}
     program = torch.export.export(net(), (x(),), dynamic_shapes=shapes)
     assert program.module()(torch.randn(T, 7, I))[0].shape == (T, 7, H)
 
 
-def narrow_training():
+def test_nn_rnn_trains_in_narrow_dtypes():
     for dtype in (torch.bfloat16, torch.float16):
         rnn = net(dtype=dtype)
         squares(rnn, x().to(dtype)).backward()
         assert rnn.weight_hh_l0.grad.dtype == dtype
 
 
-def complex_numbers():
+def test_nn_rnn_takes_complex_numbers():
     assert net(dtype=torch.complex64)(x().cfloat())[0].is_complex()
 
 
-def the_output_changed_in_place():
+def test_nn_rnn_has_an_output_that_may_change():
     rnn, given = net(), x().requires_grad_()
     rnn(given)[0].relu_().sum().backward()
     assert given.grad.abs().sum() > 0
 
 
-def several_processes():
+def test_nn_rnn_goes_into_ddp_and_fsdp():
     """One is enough to see that the wrappers take it."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
@@ -216,31 +216,65 @@ def several_processes():
         distributed.destroy_process_group()
 
 
-def traced():
+def test_nn_rnn_is_traced_and_scripted():
     file, rnn, given = io.BytesIO(), net(), x()
     torch.jit.save(torch.jit.trace(rnn, given), file)
     file.seek(0)
     longer = torch.cat([given, given])
     assert torch.equal(torch.jit.load(file)(longer)[0], rnn(longer)[0])
-    rnn = net()
-    assert torch.equal(torch.jit.script(rnn)(longer)[0], rnn(longer)[0])
+    model = nn.Sequential(net())
+    assert torch.equal(torch.jit.script(model)(longer)[0], model(longer)[0])
 
 
-def a_leaf_of_fx():
+def test_nn_rnn_is_a_leaf_of_fx():
     graph = torch.fx.symbolic_trace(nn.Sequential(net())).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
-WORKS = [
-    derivatives, packed_sequences, export_with_dynamic_rows, narrow_training, complex_numbers,
-    the_output_changed_in_place, several_processes, traced, a_leaf_of_fx,
-]  # fmt: skip
+def test_nn_rnn_runs_without_values():
+    for place in (torch.device("meta"), FakeTensorMode()):
+        with place:
+            output, _ = net()(torch.empty(T, B, I))
+        assert output.shape == (T, B, H)
 
 
-@quietly
-@pytest.mark.parametrize("act", WORKS, ids=lambda act: act.__name__)
-def test_nn_rnn_works(act):
-    act()
+def test_nn_rnn_is_checkpointed():
+    rnn, given = net(), x().requires_grad_()
+    expected = torch.autograd.grad(squares(rnn, given), given)[0]
+    for reentrant in (False, True):
+        given.grad = None
+        output, _ = torch.utils.checkpoint.checkpoint(rnn, given, use_reentrant=reentrant)
+        output.square().sum().backward()
+        assert torch.equal(given.grad, expected)
+    with torch.autograd.graph.save_on_cpu():
+        output, _ = rnn(given)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), given)[0], expected)
+
+
+def test_nn_rnn_is_deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        squares(net(), x()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nn_rnn_learns_with_a_scaler():
+    rnn, given = net(), x()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(rnn.parameters(), lr=0.1)
+    before = rnn.weight_hh_l0.detach().clone()
+    scaler.scale(squares(rnn, given)).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(rnn.weight_hh_l0, before)
+
+
+def test_nn_rnn_loads_with_weights_only():
+    file, rnn, other, given = io.BytesIO(), net(), net(), x()
+    torch.save(rnn.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(given)[0], rnn(given)[0])
 
 
 def test_nn_rnn_names_an_operation_in_anomaly_mode():
