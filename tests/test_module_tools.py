@@ -311,6 +311,11 @@ class Call(nn.Module):
         return output.data, h_n
 
 
+class Output(Call):
+    def forward(self, *tensors):
+        return super().forward(*tensors)[0]
+
+
 def arguments(subject, steps, rows):
     """Tensors of another number of steps and rows, by name."""
     pick = torch.Generator().manual_seed(steps * rows)
@@ -349,6 +354,18 @@ def test_jit_trace_saved_and_loaded_runs_and_learns_for_other_sizes(form, tmp_pa
         both = gradients(got, theirs), gradients(expected, leaves)
         for mine, other in zip((*got, *both[0]), (*expected, *both[1]), strict=True):
             assert_same("result or gradient", mine, other)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("lengths", [[7, 1], [-1, 1]], ids=str)
+def test_jit_trace_looks_at_lengths_when_it_runs(lengths):
+    """Also where nothing but the output is used."""
+    call = Output(torch_bptt.RNN(I, H, dtype=torch.float64), ["input", "lengths"])
+    given = randn(6, 2, I), torch.tensor([6, 1])
+    traced = torch.jit.trace(call, given)
+    assert_same("output", traced(*given), call(*given))
+    with pytest.raises(RuntimeError, match="index out of range"):
+        traced(given[0], torch.tensor(lengths))
 
 
 class Model(nn.Module):
