@@ -431,6 +431,28 @@ def test_flops_of_other_forms():
         assert flops(subject, subject.leaves) == (forward, 2 * forward)
 
 
+@pytest.mark.parametrize("form", ["batch", "layers and directions"])
+def test_flops_of_an_ensemble_are_those_of_its_networks(form):
+    subject = Subject(form)
+    x, *hx = (tensor.detach() for tensor in subject.tensors)
+    nets = [subject.net, *(Subject(form).net for _ in range(2))]
+    weights, _ = torch.func.stack_module_state(nets)
+    weights = {name: weight.detach() for name, weight in weights.items()}
+
+    def slope(weights):
+        def loss(weights):
+            output, _ = torch.func.functional_call(subject.net, weights, (x, *hx))
+            return output.square().sum()
+
+        return torch.func.grad(loss)(weights)
+
+    with FlopCounterMode(display=False) as all_of_them:
+        torch.func.vmap(slope)(weights)
+    with FlopCounterMode(display=False) as one:
+        slope({name: weight[0] for name, weight in weights.items()})
+    assert all_of_them.get_total_flops() == 3 * one.get_total_flops() > 0
+
+
 def test_the_profiler_names_the_operators():
     subject = Subject("batch")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
