@@ -130,7 +130,7 @@ def precision():
 def test_float32_matmul_precision_changes_no_bit(given, value, precision):
     """Of sizes for which PyTorch's own products change where the processor allows it; see
     test_nn_rnn.py. On the CPU float32 is float32 in the fused loops, forward and backward.
-    (Derivatives of derivatives have products of PyTorch's between the loops, which follow.)"""
+    Derivatives of derivatives have products of PyTorch's between the loops, which follow."""
     net, x = torch_bptt.RNN(256, 256, 2, bidirectional=True), torch.randn(12, 64, 256)
     everything = {"lengths": torch.arange(64) % 13, "reset": torch.rand(12, 64) < 0.1}
     runs = []
@@ -139,6 +139,18 @@ def test_float32_matmul_precision_changes_no_bit(given, value, precision):
         results = net(x, **{name: everything[name] for name in given})
         runs.append((*results, *gradients(results, list(net.parameters()))))
     assert_same_bits(*runs)
+
+
+def test_second_derivatives_follow_the_precision_of_float32_products(precision):
+    a = torch.randn(256, 256)
+    net, x = torch_bptt.RNN(256, 256), torch.randn(12, 64, 256, requires_grad=True)
+    products, seconds = [], []
+    for setting in ("highest", "medium"):
+        precision(setting)
+        products.append(a @ a)
+        (first,) = torch.autograd.grad(net(x)[0].square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), net.weight_hh_l0)[0])
+    assert torch.equal(*products) == torch.equal(*seconds)
 
 
 @pytest.fixture
