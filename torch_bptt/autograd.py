@@ -10,6 +10,7 @@ so autograd closes the circle and no derivative has a formula of its own.
 """
 
 import dataclasses
+import functools
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 
 from torch_bptt.operators import ops
@@ -36,6 +38,22 @@ class Options(NamedTuple):
     reverse: bool = False
     truncate: int = 0
     clip: float | None = None
+
+
+class Leaf:
+    """One argument of a Function that torch.func does not take apart.
+
+    A tuple or list that holds no tensor counts as one tangent, but as several dimensions to map
+    over, which torch.func.jvp over vmap would not accept.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, *content):
+        self.content = content
+
+    def __repr__(self):  # torch.jit.trace writes it down, and compares two traces
+        return f"Leaf{self.content}"
 
 
 def rnn_layer(
@@ -83,7 +101,7 @@ def rnn_layer(
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
-        NotImplementedError: a second derivative with ``clip``; forward mode inside forward mode.
+        NotImplementedError: a second derivative with ``clip``.
 
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
@@ -96,7 +114,7 @@ def rnn_layer(
                 "but PyTorch's, got False: or export module.to_torch()"
             )
         h, h_n, _ = RNNForward.apply(
-            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
+            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, Leaf(*options)
         )
         return h, h_n
     activation, reverse, truncate, clip = options
@@ -207,7 +225,7 @@ class Links:
 
     @property
     def _batch(self) -> int:
-        return int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
+        return self.batch_sizes[0].tolist() if len(self.batch_sizes) else 0
 
     @property
     def _steps(self) -> Tensor:
@@ -259,14 +277,16 @@ class Links:
         return ((own == 0) | (own % self.truncate != 0)).to(p.device)
 
 
-def _refuse_nested_forward_mode() -> None:
-    """torch.func loses terms of forward mode inside forward mode, in every Function."""
-    levels = _functorch.get_interpreter_stack() or ()
-    if sum(level.key() == _functorch.TransformType.Jvp for level in levels) > 1:
+def _only_functionalized() -> bool:
+    """Whether torch.func.functionalize is all there is, which has no rule for Functions."""
+    kinds = {level.key() for level in _functorch.get_interpreter_stack()}
+    functionalize = _functorch.TransformType.Functionalize
+    if functionalize in kinds and len(kinds) > 1:
         raise NotImplementedError(
-            "rnn: forward mode inside forward mode is not supported by torch.autograd.Function; "
-            "use torch.func.hessian, or jvp of grad, or grad of jvp"
+            "rnn: torch.func.functionalize together with another transform is not supported, as it "
+            "has no rule for torch.autograd.Function; use either alone"
         )
+    return functionalize in kinds
 
 
 def _refuse_compiled_transforms() -> None:
@@ -293,8 +313,7 @@ def _needs_function() -> bool:
         _refuse_compiled_transforms()
         return False
     if torch._C._are_functorch_transforms_active():
-        _refuse_nested_forward_mode()
-        return True
+        return not _only_functionalized()
     return (
         forward_ad._current_level >= 0
         or torch.jit.is_tracing()
@@ -304,9 +323,14 @@ def _needs_function() -> bool:
     )
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """All rows as one matrix. Not by flatten, which is_grads_batched does not know."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Sum over all rows of left^T right: one matrix product."""
-    return left.flatten(0, -2).mT @ right.flatten(0, -2)
+    return _rows(left).mT @ _rows(right)
 
 
 def _in_own_dtype(tensor: Tensor):
@@ -318,7 +342,7 @@ def _in_own_dtype(tensor: Tensor):
 
 def _sum(rows: Tensor, like: Tensor) -> Tensor:
     """Sum over all rows."""
-    return rows.flatten(0, -2).sum(0).to(like.dtype)
+    return _rows(rows).sum(0).to(like.dtype)
 
 
 def _gate(options: Options, alpha: Tensor | None, h: Tensor, f: Tensor, p: Tensor):
@@ -330,8 +354,41 @@ def _gate(options: Options, alpha: Tensor | None, h: Tensor, f: Tensor, p: Tenso
     # bits, and the sign of a relu with them) and its derivative from the recurrence.
     alpha = alpha.to(h.dtype)
     derived = (h - (1 - alpha) * p) / alpha
-    y = f + (derived - derived.detach())
+    y = f.detach() + (derived - derived.detach())
     return alpha * slope(y), y
+
+
+def _nestable(jvp):
+    """A jvp rule that forward mode goes through itself, where one runs inside another.
+
+    PyTorch switches forward mode off around rules, so the outer one would take the result for a
+    constant. With it on, what forward saved must come without the tangent that the rule is given.
+    """
+
+    @functools.wraps(jvp)
+    def rule(ctx, *tangents):
+        levels = _functorch.get_interpreter_stack() or ()
+        if sum(level.key() == _functorch.TransformType.Jvp for level in levels) < 2:
+            return jvp(ctx, ctx.saved_tensors, *tangents)
+        saved = [None if tensor is None else _primal(tensor) for tensor in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, saved, *tangents)
+
+    return staticmethod(rule)
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    """tensor without its innermost tangent; vmap, where it lies further inside, has no rule."""
+    interpreter = retrieve_current_functorch_interpreter()
+    if interpreter.key() == _functorch.TransformType.Jvp:
+        return forward_ad.unpack_dual(tensor).primal
+    level = interpreter.level()
+    if interpreter.key() == _functorch.TransformType.Vmap:
+        value, dim = _functorch._unwrap_batched(tensor, level)
+        with interpreter.lower():
+            value = _primal(value)
+        return value if dim is None else _functorch._add_batch_dim(value, dim, level)
+    raise NotImplementedError(interpreter)
 
 
 class RNNForward(Function):
@@ -342,8 +399,9 @@ class RNNForward(Function):
     @staticmethod
     def forward(
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe, batch_sizes, keep,
-        mask, noise, options,
+        mask, noise, leaf,
     ):  # fmt: skip
+        options = Options(*leaf.content)
         h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
             alpha, restart, mask, noise, options.reverse,
@@ -366,13 +424,11 @@ class RNNForward(Function):
             keep,
             mask,
             _,
-            options,
+            leaf,
         ) = inputs
         h, _, f = output
-        ctx.options = options
+        ctx.options = Options(*leaf.content)
         ctx.set_materialize_grads(False)
-        if f is not None:
-            ctx.mark_non_differentiable(f)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f
         ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
@@ -389,14 +445,12 @@ class RNNForward(Function):
         grads = backward(grad_h, grad_h_n, *ctx.saved_tensors, ctx.options, wanted)
         return *grads, *(None,) * 5
 
-    @staticmethod
+    @_nestable
     def jvp(
-        ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, alpha_dot,
-        restart_dot, *_,
+        ctx, saved, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot,
+        alpha_dot, restart_dot, *_,
     ):  # fmt: skip
-        x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f = (
-            ctx.saved_tensors
-        )
+        x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f = saved
         links = Links.of(x, batch_sizes, keep, mask, ctx.options)
         with _in_own_dtype(x):
             p = links.arriving(h, h0, restart, truncated=False)
@@ -416,12 +470,13 @@ class RNNForward(Function):
             if alpha_dot is not None:
                 c = c + alpha_dot.to(h.dtype) * (y - p)
             q = tangent_scan(c, h0_dot, gate, weight_hh, alpha, restart_dot, links)
-            return q, links.final(q), None
+            # f counts as constant, see _gate. None would say so, but not under vmap.
+            return q, links.final(q), None if f is None else torch.zeros_like(f)
 
 
 def _fused_backward(
     grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f,
-    options, wanted, run=None,
+    options, wanted, differentiable=False,
 ):  # fmt: skip
     """The gradients of x, h0, ... of which wanted has flags, None where not, by one operator.
 
@@ -429,9 +484,10 @@ def _fused_backward(
     """
     of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *others = wanted
     flags = of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh, *others
-    grads = (run or RNNBackward.forward)(
+    run = functools.partial(_apply, RNNBackward) if differentiable else RNNBackward.forward
+    grads = run(
         grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
-        mask, options, list(flags),
+        mask, Leaf(options, list(flags)),
     )  # fmt: skip
     grads = (*grads[:5], *grads[4:])  # one for both biases
     return tuple(grad if flag else None for grad, flag in zip(grads, wanted, strict=True))
@@ -449,7 +505,7 @@ def backward_with_graph(
     if options.clip is not None:
         return _fused_backward(
             grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask,
-            h, f, options, wanted, RNNBackward.apply,
+            h, f, options, wanted, differentiable=True,
         )  # fmt: skip
     (
         of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, of_alpha, of_restart,
@@ -464,7 +520,7 @@ def backward_with_graph(
         gate, y = _gate(options, alpha, h, f, p)
         d, d0, d_restart = adjoint_scan(g, gate, weight_hh, alpha, links)
         du = gate * d
-        grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
+        grad_bias = _rows(du).sum(0) if of_bias_ih or of_bias_hh else None
         return (
             du @ weight_ih if of_x else None,
             d0 if of_h0 else None,
@@ -497,8 +553,9 @@ class RNNBackward(Function):
     @staticmethod
     def forward(
         grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
-        mask, options, wanted,
+        mask, leaf,
     ):  # fmt: skip
+        options, wanted = leaf.content
         return ops.rnn_backward.default(
             grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation, wanted,
             batch_sizes, keep, alpha, restart, mask, options.reverse, options.truncate,
@@ -554,9 +611,9 @@ class AdjointScan(Function):
                 *(None,) * 5,
             )
 
-    @staticmethod
-    def jvp(ctx, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
-        gate, weight_hh, alpha, batch_sizes, keep, mask, d = ctx.saved_tensors
+    @_nestable
+    def jvp(ctx, saved, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
+        gate, weight_hh, alpha, batch_sizes, keep, mask, d = saved
         links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(d):
             moved = torch.zeros_like(d)
@@ -612,9 +669,9 @@ class TangentScan(Function):
                 *(None,) * 5,
             )
 
-    @staticmethod
-    def jvp(ctx, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
-        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = ctx.saved_tensors
+    @_nestable
+    def jvp(ctx, saved, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
+        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = saved
         links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(q):
             arriving = links.arriving(q, q0, restart, truncated=True)
@@ -643,15 +700,37 @@ def _of_linear_loop(wanted, gate, weight_hh, alpha, d, q, links):
     )
 
 
+def _apply(function, *args):
+    """``function.apply``, also under the vmap that ``torch.autograd.grad(is_grads_batched=True)``
+    still has: one older than torch.func's, which loses the graph that a Function records.
+    """
+    mapped = [isinstance(a, Tensor) and _functorch.is_legacy_batchedtensor(a) for a in args]
+    if not any(mapped):
+        return function.apply(*args)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    args = [
+        torch._remove_batch_dim(a, level, 1, 0) if m else a
+        for a, m in zip(args, mapped, strict=True)
+    ]
+    outputs = torch.func.vmap(function.apply, tuple(0 if m else None for m in mapped))(*args)
+    one = isinstance(outputs, Tensor)
+    outputs = [  # which that vmap wants in memory as they are in the order of dimensions
+        torch._add_batch_dim(output.clone(memory_format=torch.contiguous_format), 0, level)
+        for output in ([outputs] if one else outputs)
+    ]
+    return outputs[0] if one else tuple(outputs)
+
+
 def adjoint_scan(g, gate, weight_hh, alpha, links):
-    return AdjointScan.apply(
-        g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask, links.reverse,
-        links.truncate,
+    return _apply(
+        AdjointScan, g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask,
+        links.reverse, links.truncate,
     )  # fmt: skip
 
 
 def tangent_scan(c, q0, gate, weight_hh, alpha, restart, links):
-    return TangentScan.apply(
-        c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep, links.mask,
-        links.reverse, links.truncate,
+    return _apply(
+        TangentScan, c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep,
+        links.mask, links.reverse, links.truncate,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import numbers
 
 import torch
+from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt._extension import _C
@@ -81,7 +82,12 @@ def count_rows(packed, hx=None, reset=None):
         for tensor, rows in ((packed.sorted_indices, 0), (hx, -2), (reset, -1)):
             if tensor is not None:
                 return tensor.shape[rows]
-    return int(packed.batch_sizes[0])
+    return number(packed.batch_sizes[0])
+
+
+def number(tensor):
+    """The one integer in tensor. torch.func.linearize refuses int(), functionalize tolist()."""
+    return int(tensor) if torch._is_functional_tensor(tensor) else tensor.tolist()
 
 
 def check_hidden(hx, expected):
@@ -172,15 +178,15 @@ def check_lengths(lengths, steps, rows, device="cpu"):
     """lengths as (B,) int64 on the CPU; one number will do for one row.
 
     Where torch traces the program they go to ``device``, and their values are looked at when it
-    runs.
+    runs. Lengths that torch.func maps over stay where they are.
     """
-    traced = torch.compiler.is_compiling()
+    traced, mapped = torch.compiler.is_compiling(), are_mapped(lengths)
 
     def expected():  # called where it is wanted, as a number in a string is a constant to a trace
         return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
 
     try:
-        given = torch.as_tensor(lengths, device=device if traced else "cpu")
+        given = torch.as_tensor(lengths, device=device if traced or mapped else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{expected()}, got {lengths!r}") from error
     fractional = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
@@ -193,14 +199,32 @@ def check_lengths(lengths, steps, rows, device="cpu"):
         message = "lengths must lie within the steps of input, expected 0 to the number of steps"
         torch._assert_async(((given >= 0) & (given <= steps)).all(), message)
         return given
-    wrong = ((given < 0) | (given > steps)).nonzero()
+    values = _unwrapped(given) if mapped else given
+    wrong = ((values < 0) | (values > steps)).nonzero()
     if len(wrong):
-        row = int(wrong[0])
+        place = tuple(wrong[0].tolist())
+        row = "a row of a sample" if mapped else f"row {place[0]}"
         raise ValueError(
             "lengths must lie within the steps of input, "
-            f"expected 0 to {steps}, got {int(given[row])} in row {row}"
+            f"expected 0 to {steps}, got {values[place].tolist()} in {row}"
         )
     return given
+
+
+def are_mapped(lengths):
+    """Whether torch.func.vmap gives each sample lengths of its own, whose values it hides."""
+    while isinstance(lengths, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(lengths):
+        if _functorch.is_batchedtensor(lengths):
+            return True
+        lengths = _functorch.get_unwrapped(lengths)
+    return False
+
+
+def _unwrapped(tensor):
+    """What lies under the transforms of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def check_nonlinearity(name):

@@ -1,7 +1,8 @@
-"""Rows of different lengths where torch traces the program: torch.compile and torch.export.
+"""Rows of different lengths where their values are not known: torch.compile, torch.export, and
+torch.func.vmap over lengths.
 
-Elsewhere rows are packed, but then shapes depend on the values of lengths, which a trace does not
-know. Here every row runs for all T steps, and what lies past its end is kept from mattering:
+Elsewhere rows are packed, but then shapes depend on these values. Here every row runs for all T
+steps, and what lies past its end is kept from mattering:
 
     input, output    zero there, for every layer
     state            starts anew at every such step, so that it stays bounded
