@@ -273,7 +273,7 @@ def test_mixed_second_derivatives_are_those_of_the_loop(case):
 
 @pytest.mark.parametrize("case", grid(TINY, activation="tanh", clip=None), ids=str)
 def test_forward_over_forward_is_that_of_the_loop(case):
-    """PyTorch alone would drop terms: it switches forward mode off around the rule of a Function."""
+    """PyTorch alone would drop terms: it switches forward mode off around a Function's rule."""
     p = problem(case)
     tangents = tuple(t.flip(0).contiguous() for t in p.inputs)
 

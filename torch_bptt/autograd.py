@@ -21,6 +21,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 
+from torch_bptt._values import number
 from torch_bptt.operators import ops
 from torch_bptt.reference import activations
 
@@ -225,7 +226,7 @@ class Links:
 
     @property
     def _batch(self) -> int:
-        return self.batch_sizes[0].tolist() if len(self.batch_sizes) else 0
+        return number(self.batch_sizes[0]) if len(self.batch_sizes) else 0
 
     @property
     def _steps(self) -> Tensor:

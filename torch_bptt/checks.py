@@ -7,10 +7,10 @@ import math
 import numbers
 
 import torch
-from torch._C import _functorch
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt._extension import _C
+from torch_bptt._values import are_mapped, number, unwrapped
 
 nonlinearities = tuple(_C.activations())
 
@@ -83,11 +83,6 @@ def count_rows(packed, hx=None, reset=None):
             if tensor is not None:
                 return tensor.shape[rows]
     return number(packed.batch_sizes[0])
-
-
-def number(tensor):
-    """The one integer in tensor. torch.func.linearize refuses int(), functionalize tolist()."""
-    return int(tensor) if torch._is_functional_tensor(tensor) else tensor.tolist()
 
 
 def check_hidden(hx, expected):
@@ -180,7 +175,7 @@ def check_lengths(lengths, steps, rows, device="cpu"):
     Where torch traces the program they go to ``device``, and their values are looked at when it
     runs. Lengths that torch.func maps over stay where they are.
     """
-    traced, mapped = torch.compiler.is_compiling(), are_mapped(lengths)
+    mapped, traced = are_mapped(lengths), torch.compiler.is_compiling()
 
     def expected():  # called where it is wanted, as a number in a string is a constant to a trace
         return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
@@ -199,7 +194,7 @@ def check_lengths(lengths, steps, rows, device="cpu"):
         message = "lengths must lie within the steps of input, expected 0 to the number of steps"
         torch._assert_async(((given >= 0) & (given <= steps)).all(), message)
         return given
-    values = _unwrapped(given) if mapped else given
+    values = unwrapped(given) if mapped else given
     wrong = ((values < 0) | (values > steps)).nonzero()
     if len(wrong):
         place = tuple(wrong[0].tolist())
@@ -209,22 +204,6 @@ def check_lengths(lengths, steps, rows, device="cpu"):
             f"expected 0 to {steps}, got {values[place].tolist()} in {row}"
         )
     return given
-
-
-def are_mapped(lengths):
-    """Whether torch.func.vmap gives each sample lengths of its own, whose values it hides."""
-    while isinstance(lengths, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(lengths):
-        if _functorch.is_batchedtensor(lengths):
-            return True
-        lengths = _functorch.get_unwrapped(lengths)
-    return False
-
-
-def _unwrapped(tensor):
-    """What lies under the transforms of torch.func."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def check_nonlinearity(name):
