@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=count, metavar="N", default=800, help="updates of each network")
+    add("--steps", type=count, metavar="N", default=500, help="updates of each network")
     add("--tasks", type=count, metavar="N", default=16, help="tasks of an update")
     add("--inner-steps", type=count, metavar="N", default=3, help="steps to learn a task in")
     add("--rate", type=positive, metavar="RATE", default=0.1, help="of these steps")
