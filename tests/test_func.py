@@ -692,6 +692,13 @@ def test_functionalize_with_another_transform():
         functionalize(vmap(net))(torch.zeros(2, 4, 1, 2))
 
 
+@pytest.mark.parametrize("transform", [grad, vmap, functionalize], ids=lambda f: f.__name__)
+def test_checkpoint(transform):
+    net = RNN(2, 3, checkpoint=2)
+    with pytest.raises(NotImplementedError, match=r"checkpoint must be None under transforms"):
+        transform(lambda x: net(x)[0].sum())(torch.zeros(4, 1, 2))
+
+
 @pytest.mark.parametrize("transform", ["grad of grad in batches", "hessian forward"])
 def test_clipped_gradients_in_batches_have_no_derivative(transform):
     net = network({"clip_grad_h": 0.1})

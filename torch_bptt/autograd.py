@@ -115,7 +115,7 @@ def rnn_layer(
                 "but PyTorch's, got False: or export module.to_torch()"
             )
         h, h_n, _ = RNNForward.apply(
-            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, Leaf(*options)
+            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, Leaf(options)
         )
         return h, h_n
     activation, reverse, truncate, clip = options
@@ -301,7 +301,11 @@ def _refuse_compiled_transforms() -> None:
 
 def transformed() -> bool:
     """Whether torch rewrites what runs now."""
-    return torch.compiler.is_compiling() or _needs_function()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _needs_function()
+    )
 
 
 def _needs_function() -> bool:
@@ -381,15 +385,12 @@ def _nestable(jvp):
 def _primal(tensor: Tensor) -> Tensor:
     """tensor without its innermost tangent; vmap, where it lies further inside, has no rule."""
     interpreter = retrieve_current_functorch_interpreter()
-    if interpreter.key() == _functorch.TransformType.Jvp:
+    if interpreter.key() != _functorch.TransformType.Vmap:
         return forward_ad.unpack_dual(tensor).primal
-    level = interpreter.level()
-    if interpreter.key() == _functorch.TransformType.Vmap:
-        value, dim = _functorch._unwrap_batched(tensor, level)
-        with interpreter.lower():
-            value = _primal(value)
-        return value if dim is None else _functorch._add_batch_dim(value, dim, level)
-    raise NotImplementedError(interpreter)
+    value, dim = _functorch._unwrap_batched(tensor, interpreter.level())
+    with interpreter.lower():
+        value = _primal(value)
+    return value if dim is None else _functorch._add_batch_dim(value, dim, interpreter.level())
 
 
 class RNNForward(Function):
@@ -402,7 +403,7 @@ class RNNForward(Function):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe, batch_sizes, keep,
         mask, noise, leaf,
     ):  # fmt: skip
-        options = Options(*leaf.content)
+        (options,) = leaf.content
         h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
             alpha, restart, mask, noise, options.reverse,
@@ -428,7 +429,7 @@ class RNNForward(Function):
             leaf,
         ) = inputs
         h, _, f = output
-        ctx.options = Options(*leaf.content)
+        (ctx.options,) = leaf.content
         ctx.set_materialize_grads(False)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f
         ctx.save_for_backward(*saved)
