@@ -344,6 +344,8 @@ TRANSFORMS = {
     "vjp": lambda t: vjp(t.function, *t.at)[1](t.function(*t.at)),
     "jvp": lambda t: jvp(t.function, t.at, t.direction),
     "functionalize": lambda t: functionalize(t.function)(*t.at),
+    "functionalize grad": lambda t: functionalize(t.gradient)(*t.at),
+    "functionalize vmap": around_vmap(lambda f, inputs: functionalize(f)(*inputs), 0),
     "jacrev": lambda t: jacrev(t.function, 1, chunk_size=5)(*t.at),
     "jacfwd": lambda t: jacfwd(t.function, 1)(*t.at),
     "hessian": lambda t: hessian(t.loss, t.every[1:])(*t.at),
@@ -686,10 +688,11 @@ def test_hessian_vector_products_agree_and_what_they_take():
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def test_functionalize_with_another_transform():
+def test_functionalized_forward_mode():
     net = RNN(2, 3)
-    with pytest.raises(NotImplementedError, match=r"functionalize together with another transform"):
-        functionalize(vmap(net))(torch.zeros(2, 4, 1, 2))
+    x = torch.zeros(4, 1, 2)
+    with pytest.raises(NotImplementedError, match=r"functionalize together with forward mode"):
+        functionalize(lambda x: jvp(net, (x,), (x,)))(x)
 
 
 @pytest.mark.parametrize("transform", [grad, vmap, functionalize], ids=lambda f: f.__name__)
