@@ -498,6 +498,30 @@ def test_a_length_of_a_sample_out_of_range():
         vmap(lambda x, n: net(x, lengths=n))(torch.zeros(2, 4, 2, 2), lengths)
 
 
+def test_no_samples_no_networks_and_no_rows():
+    """vmap over nothing, as in the Jacobian of an empty batch, has the shapes of something."""
+    net, x = RNN(2, 3, dtype=torch.float64), randn(4, 5, 2)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(weights, x):
+        return functional_call(net, weights, (x,))[0].square().sum()
+
+    assert vmap(net)(x.expand(0, 4, 5, 2))[0].shape == (0, 4, 5, 3)
+    for dims in ((None, 0), (0, None), (0, 0)):
+        several = {n: w.expand(0, *w.shape) if dims[0] == 0 else w for n, w in weights.items()}
+        samples = x.expand(0, 4, 5, 2) if dims[1] == 0 else x
+        for each in (grad(loss), jacfwd(jacrev(loss))):
+            found = vmap(each, in_dims=dims)(several, samples)
+            for got, one in zip(
+                pytree.tree_leaves(found), pytree.tree_leaves(each(weights, x)), strict=True
+            ):
+                assert got.shape == (0, *one.shape)
+    empty = x[:, :0]
+    assert jacrev(lambda x: net(x)[0])(empty).shape == (4, 0, 3, 4, 0, 2)
+    assert jacfwd(lambda x: net(x)[0])(empty).shape == (4, 0, 3, 4, 0, 2)
+    assert hessian(lambda x: loss(weights, x))(empty).shape == (4, 0, 2, 4, 0, 2)
+
+
 # ---- random numbers under vmap -------------------------------------------------------------------
 
 RANDOM = {
