@@ -1,5 +1,5 @@
-"""Rows of different lengths where their values are not known: torch.compile, torch.export, and
-torch.func.vmap over lengths.
+"""Rows of different lengths where torch notes the program (torch.compile, export, jit.trace), and
+where torch.func.vmap maps over lengths.
 
 Elsewhere rows are packed, but then shapes depend on these values. Here every row runs for all T
 steps, and what lies past its end is kept from mattering:
