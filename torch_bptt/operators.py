@@ -151,6 +151,8 @@ RESULTS = {
 
 def _vmap(name: str, info, in_dims, *values):
     """An operator for all samples: its results, and the dimension of each to map over."""
+    if info.batch_size == 0:
+        return _vmap_over_none(name, info, in_dims, *values)
     op = getattr(ops, name).default
     arguments = op._schema.arguments
     args = {a.name: a.default_value for a in arguments}
@@ -171,6 +173,21 @@ def _vmap(name: str, info, in_dims, *values):
         for kind, o in zip(RESULTS[name], outputs, strict=True)
     ]
     return tuple(o for o, _ in each), tuple(dim for _, dim in each)
+
+
+def _vmap_over_none(name: str, info, in_dims, *values):
+    """What one sample of zeros gives, without that sample: only shapes and dtypes count."""
+    one = [
+        value.new_zeros((*value.shape[:dim], 1, *value.shape[dim + 1 :]))
+        if isinstance(dim, int)
+        else value
+        for value, dim in zip(values, in_dims, strict=True)
+    ]
+    results, dims = _vmap(name, info._replace(batch_size=1), in_dims, *one)
+    if isinstance(results, Tensor):
+        return results.narrow(dims, 0, 0), dims
+    pairs = zip(results, dims, strict=True)
+    return tuple(o if dim is None else o.narrow(dim, 0, 0) for o, dim in pairs), dims
 
 
 def _fold_rows(args, dims, size):
