@@ -16,15 +16,15 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu, or cuda for the tests of a GPU")
 
 
-
 def use(device):
     """Make it the default, or say why it cannot be."""
     from torch_bptt import _C
 
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU here")
-    if device == "cuda" and _C.build_info()["cuda"] == "no":
-        raise pytest.UsageError("--device cuda: torch_bptt was built without CUDA")
+    built = _C.build_info()["cuda"]  # a version first, if it was built for a GPU
+    if device == "cuda" and not built[0].isdigit():
+        raise pytest.UsageError(f"--device cuda: torch_bptt was built without CUDA: {built}")
     torch.set_default_device(device)
     # float32 products are to be float32's, as on the CPU; tests of TF32 switch it on.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -213,7 +213,13 @@ def through_the_operator(x, activation, width=1):
     """Apply an activation to every number: one step of `width` units, each seeing one input."""
     eye = torch.eye(width, dtype=x.dtype)
     h, _, _ = OPERATORS.rnn_forward(
-        x.to(eye.device).view(-1, width), None, eye, torch.zeros_like(eye), None, None, activation=activation
+        x.to(eye.device).view(-1, width),
+        None,
+        eye,
+        torch.zeros_like(eye),
+        None,
+        None,
+        activation=activation,
     )
     return h.flatten().cpu()
 

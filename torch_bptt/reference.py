@@ -95,7 +95,9 @@ class _Timeline:
         if self.truncate:
             lengths = [sum(row < size for size in self.sizes) for row in range(len(state))]
             own_steps = [length - 1 - t if self.reverse else t for length in lengths]
-            uncut = torch.tensor([[s == 0 or s % self.truncate > 0] for s in own_steps], device="cpu")
+            uncut = torch.tensor(
+                [[s == 0 or s % self.truncate > 0] for s in own_steps], device="cpu"
+            )
             state = torch.where(uncut.to(state.device), state, 0) if own_steps else state
         return self.keeps(t, state, restart)
 

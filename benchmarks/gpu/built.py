@@ -15,8 +15,8 @@ from torch_bptt._extension import _C
 def main(folder: str) -> int:
     facts = _C.build_info()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if facts["cuda"] == "no":
-        print("gpu.built: torch_bptt was built without CUDA: see the build's output above")
+    if not facts["cuda"][0].isdigit():  # a version comes first, if it was built for a GPU
+        print(f"gpu.built: torch_bptt was built without CUDA: {facts['cuda']}")
         return 1
     Path(folder).mkdir(parents=True, exist_ok=True)
     shutil.copy(_C.__file__, folder)
