@@ -19,6 +19,7 @@ failed.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -38,16 +39,22 @@ SECONDS = {
 }  # fmt: skip
 PARTS = tuple(SECONDS)
 DEFAULT = PARTS[:-1]
+# In runs of their own, the first with most of what can be wrong.
 TESTS = (
-    "test_cuda.py",
-    "test_kernels.py",
-    "test_rnn_module.py",
-    "test_options.py",
-    "test_pytorch_samples.py",
-    "test_autograd.py",
+    (
+        "test_cuda.py",
+        "test_kernels.py",
+        "test_rnn_module.py",
+        "test_options.py",
+        "test_lengths_reset.py",
+        "test_packed.py",
+        "test_pytorch_samples.py",
+    ),
+    ("test_autograd.py",),
 )
 # Said where it is left out.
 NEEDED = {"test_pytorch_samples.py": "expecttest"}
+GRACE = 5  # seconds between the request to stop and the end
 STARTING = 10  # seconds that a measuring program needs to start and to finish its last row
 BOTH = ("torch.nn.RNN", "torch_bptt.RNN")
 VARIANTS = (*BOTH, "torch.nn.RNN in a graph", "torch_bptt.RNN in a graph")
@@ -67,9 +74,9 @@ def here(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def tests_that_can_run() -> list[str]:
+def tests_that_can_run(names: tuple[str, ...]) -> list[str]:
     found = []
-    for name in TESTS:
+    for name in names:
         if name in NEEDED and not here(NEEDED[name]):
             print(f"tests: {name} is left out: {NEEDED[name]} is not installed")
         else:
@@ -81,7 +88,8 @@ def pytest(*arguments: str) -> tuple[str, ...]:
     """On several processes where there is pytest-xdist: small kernels wait for the host."""
     plugins = ["-p", "no:cacheprovider"]
     plugins += ["-p", "no:benchmark"] if here("pytest_benchmark") else []
-    return (sys.executable, "-m", "pytest", "-q", "--device", "cuda", *plugins, *arguments)
+    shown = ["-q", "--tb=short", "--maxfail=60"]
+    return (sys.executable, "-m", "pytest", "--device", "cuda", *shown, *plugins, *arguments)
 
 
 def layers(*arguments: str, implementations: tuple[str, ...]) -> tuple[str, ...]:
@@ -96,7 +104,8 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
         return [Step(build, seconds), Step((sys.executable, "-m", "gpu.built", str(out)), 30)]
     if part == "tests":
         workers = ["-n", str(min(8, os.cpu_count() or 1))] if here("xdist") else []
-        return [Step(pytest(*workers, *tests_that_can_run()), seconds)]
+        first, second = (pytest(*workers, *tests_that_can_run(names)) for names in TESTS)
+        return [Step(first, 0.6 * seconds), Step(second, 0.4 * seconds)]
     if part == "sanitizer":
         small = pytest("tests/test_cuda.py", "-k", "every_path")
         tools = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -151,11 +160,12 @@ def run(command: tuple[str, ...], seconds: float, log: Path) -> int:
             return 127
 
         def end() -> None:
-            """All that the command started; a program stuck in the driver may take a moment."""
+            """As Ctrl-C does, upon which pytest says what failed; then all that is still there."""
             late.set()
-            os.killpg(process.pid, signal.SIGTERM)
-            time.sleep(2)
-            if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
         late = threading.Event()
