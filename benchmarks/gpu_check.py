@@ -87,7 +87,7 @@ def tests_that_can_run(names: tuple[str, ...]) -> list[str]:
 def pytest(*arguments: str) -> tuple[str, ...]:
     """On several processes where there is pytest-xdist: small kernels wait for the host."""
     plugins = ["-p", "no:cacheprovider"]
-    plugins += ["-p", "no:benchmark"] if here("pytest_benchmark") else []
+    plugins += ["-p", "xdist.plugin"] if here("xdist") else []
     shown = ["-q", "--tb=short", "--maxfail=60"]
     return (sys.executable, "-m", "pytest", "--device", "cuda", *shown, *plugins, *arguments)
 
@@ -137,6 +137,7 @@ def environment() -> dict[str, str]:
             [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep),
         "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a plugin that warns would be an error
         "TORCH_BPTT_WERROR": "1",
     }
     own.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
