@@ -85,7 +85,7 @@ def tests_that_can_run(names: tuple[str, ...]) -> list[str]:
 
 
 def pytest(*arguments: str) -> tuple[str, ...]:
-    """On several processes where there is pytest-xdist: small kernels wait for the host."""
+    """With no plugin but pytest-xdist, where it is there."""
     plugins = ["-p", "no:cacheprovider"]
     plugins += ["-p", "xdist.plugin"] if here("xdist") else []
     shown = ["-q", "--tb=short", "--maxfail=60"]
@@ -103,6 +103,7 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
         build = (sys.executable, "setup.py", "build_ext", "--inplace")
         return [Step(build, seconds), Step((sys.executable, "-m", "gpu.built", str(out)), 30)]
     if part == "tests":
+        # Several processes, as small kernels mostly wait for theirs.
         workers = ["-n", str(min(8, os.cpu_count() or 1))] if here("xdist") else []
         first, second = (pytest(*workers, *tests_that_can_run(names)) for names in TESTS)
         return [Step(first, 0.6 * seconds), Step(second, 0.4 * seconds)]
