@@ -8,10 +8,15 @@ The parts, each of one or several commands with a time of its own:
 
     build      the extension in place, for the GPU that is there
     tests      the tests with --device cuda
+    paths      those of the kernels on each of the three paths, wherever it can be taken
     cudnn      torch.nn.RNN alone; needs torch and nothing that is built here
     compare    torch_bptt.RNN against it
     constants  latencies and limits of the device
-    sanitizer  small cases under the four tools of compute-sanitizer; only where it is asked for
+
+and, only where they are asked for:
+
+    crossovers torch_bptt.RNN on each of the three paths: from where on which is the fastest
+    sanitizer  small cases under the four tools of compute-sanitizer
 
 A command that runs over its time is ended with all that it started, and its rows and its log are
 kept. Files go to --out: $OUT, or benchmarks/results/DEVICE. The exit status is 1 if any part
@@ -33,12 +38,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds for each part; all but the sanitizer take less than ten minutes together.
+# Seconds for each part; all but the last two take less than ten minutes together.
 SECONDS = {
-    "build": 150, "tests": 150, "cudnn": 90, "compare": 130, "constants": 40, "sanitizer": 240,
+    "build": 120, "tests": 140, "paths": 90, "cudnn": 70, "compare": 120, "constants": 40,
+    "crossovers": 240, "sanitizer": 240,
 }  # fmt: skip
 PARTS = tuple(SECONDS)
-DEFAULT = PARTS[:-1]
+DEFAULT = PARTS[:-2]
+LAYERS = ("cudnn", "compare", "crossovers")  # parts with rows of gpu.layers
+PATHS = ("step", "block", "cluster")
 # In runs of their own, the first with most of what can be wrong.
 TESTS = (
     (
@@ -52,6 +60,7 @@ TESTS = (
     ),
     ("test_autograd.py",),
 )
+KERNELS = "every_size or integers or every_path or same_bits or replays or never_comes or spreads"
 # Said where it is left out.
 NEEDED = {"test_pytorch_samples.py": "expecttest"}
 GRACE = 5  # seconds between the request to stop and the end
@@ -92,6 +101,10 @@ def pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "--device", "cuda", *shown, *plugins, *arguments)
 
 
+def forced(path: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    return ("env", f"TORCH_BPTT_CUDA_PATH={path}", *command)
+
+
 def layers(*arguments: str, implementations: tuple[str, ...]) -> tuple[str, ...]:
     chosen = ("--implementations", *implementations)
     return (sys.executable, "-m", "gpu.layers", *arguments, *chosen)
@@ -102,9 +115,17 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
     if part == "build":
         build = (sys.executable, "setup.py", "build_ext", "--inplace")
         return [Step(build, seconds), Step((sys.executable, "-m", "gpu.built", str(out)), 30)]
+    # Several processes, as small kernels mostly wait for theirs.
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if here("xdist") else []
+    if part == "paths":
+        some = pytest(*workers, "tests/test_cuda.py", "tests/test_kernels.py", "-k", KERNELS)
+        return [Step(forced(path, some), seconds / len(PATHS)) for path in PATHS]
+    if part == "crossovers":
+        sizes = ("--groups", "headline", "middle", "edges", "large-batch", "large-state")
+        maths = ("--maths", "bfloat16", "tf32", "float32")
+        some = layers(*sizes, *maths, implementations=BOTH[1:])
+        return [Step(forced(path, some), seconds / len(PATHS), measures=True) for path in PATHS]
     if part == "tests":
-        # Several processes, as small kernels mostly wait for theirs.
-        workers = ["-n", str(min(8, os.cpu_count() or 1))] if here("xdist") else []
         first, second = (pytest(*workers, *tests_that_can_run(names)) for names in TESTS)
         return [Step(first, 0.6 * seconds), Step(second, 0.4 * seconds)]
     if part == "sanitizer":
@@ -126,7 +147,7 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
                 0.15 * seconds,
                 True,
             ),
-            Step(layers("--check", implementations=BOTH), 0.6 * seconds, True),
+            Step(layers("--check", "--kernels", implementations=BOTH), 0.6 * seconds, True),
         ]
     return [Step((sys.executable, "-m", "gpu.constants"), seconds, measures=True)]
 
@@ -243,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
             results.setdefault(part, []).append(f"{words} after {took:.0f} s")
     if options.dry_run:
         return 0
-    measured = [str(out / f"{part}.csv") for part in ("cudnn", "compare") if part in parts]
+    measured = [
+        str(out / f"{part}.csv") for part in ("cudnn", "compare", "crossovers") if part in parts
+    ]
     measured = [path for path in measured if Path(path).exists()]
     if measured:
         run((sys.executable, "-m", "gpu.report", *measured), 60, out / "summary.txt")

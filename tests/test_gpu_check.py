@@ -261,9 +261,14 @@ def test_report(tmp_path, capsys):
         file.write(implementation="torch_bptt.RNN", T=T, median_us=7 + 2 * T, status="ok")
         file.write(implementation="other", T=T, status="OutOfMemoryError: no")
     file.write(implementation="torch.nn.RNN", T=30, kernels="gemm x 3", status="kernels")
+    for T in (10, 20):
+        forced = {"case": "d", "forced_path": "block", "status": "ok"}
+        file.write(implementation="torch_bptt.RNN", T=T, median_us=T, **forced)
     assert report.main([str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "| c | forward | 4.000 + 5 | 2.000 + 7 | 2.00 |" in printed
+    assert "| c | forward | 4.000 + 5 | 2.000 + 7 |  | 2.00 |" in printed
+    assert "torch_bptt.RNN by block, us/step" in printed
+    assert "| d | forward |  |  | 1.000 + 0 |  |" in printed
     assert "- other, forward: OutOfMemoryError: no (2 rows, first c)" in printed
 
 
@@ -272,7 +277,7 @@ def test_report(tmp_path, capsys):
 
 def test_a_dry_run_lists_every_part_and_starts_nothing(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--dry-run", "--out", tmp_path]
-    parts = ("build", "tests", "cudnn", "sanitizer")
+    parts = ("build", "tests", "paths", "cudnn", "sanitizer")
     command += ["--parts", ",".join(parts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for part in parts:

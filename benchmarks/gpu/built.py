@@ -1,11 +1,11 @@
-"""Fails unless torch_bptt was built with CUDA; puts a copy of the compiled part into a folder.
+"""Fails unless torch_bptt was built with CUDA; puts the compiled part, by gzip, into a folder.
 
     python -m gpu.built FOLDER
 
-With the copy in torch_bptt/, a fresh machine of the same kind needs no build.
+Unpacked into torch_bptt/, it spares a fresh machine of the same kind the build.
 """
 
-import shutil
+import gzip
 import sys
 from pathlib import Path
 
@@ -18,8 +18,9 @@ def main(folder: str) -> int:
     if not facts["cuda"][0].isdigit():  # a version comes first, if it was built for a GPU
         print(f"gpu.built: torch_bptt was built without CUDA: {facts['cuda']}")
         return 1
+    library = Path(_C.__file__)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    shutil.copy(_C.__file__, folder)
+    (Path(folder) / f"{library.name}.gz").write_bytes(gzip.compress(library.read_bytes()))
     return 0
 
 

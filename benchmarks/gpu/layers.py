@@ -9,6 +9,7 @@ an implementation refuses it, leaves a row that says so.
 
 import argparse
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def main(arguments: list[str] | None = None, clock=None) -> int:
 
     clock = clock or (Events() if options.device == "cuda" else Wall())
     always = rows.device_facts(options.commit)
+    always["forced_path"] = os.environ.get("TORCH_BPTT_CUDA_PATH", "")
     if any("torch_bptt" in name for name in options.implementations):
         import torch_bptt
 

@@ -21,7 +21,9 @@ def lines(table: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, Line]]
     points: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in table:
         if row["status"] == "ok" and row["median_us"]:
-            own = points.setdefault((row["case"], row["pass"], row["implementation"]), {})
+            who = row["implementation"]
+            who += f" by {row['forced_path']}" if row["forced_path"] else ""
+            own = points.setdefault((row["case"], row["pass"], who), {})
             own[int(row["T"])] = float(row["median_us"])
     found: dict[tuple[str, str], dict[str, Line]] = {}
     for (case, name, who), own in points.items():

@@ -17,6 +17,7 @@ NETWORK_COLUMNS = (
     "group",
     "case",
     "implementation",
+    "forced_path",  # TORCH_BPTT_CUDA_PATH; empty: the plan's choice
     "pass",
     *SIZES,
     "median_us",  # of single calls, as are the two quantiles
