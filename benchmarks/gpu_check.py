@@ -264,9 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
             results.setdefault(part, []).append(f"{words} after {took:.0f} s")
     if options.dry_run:
         return 0
-    measured = [
-        str(out / f"{part}.csv") for part in ("cudnn", "compare", "crossovers") if part in parts
-    ]
+    measured = [str(out / f"{part}.csv") for part in LAYERS if part in parts]
     measured = [path for path in measured if Path(path).exists()]
     if measured:
         run((sys.executable, "-m", "gpu.report", *measured), 60, out / "summary.txt")
