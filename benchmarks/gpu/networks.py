@@ -75,9 +75,13 @@ def network(case: Case, device: str) -> nn.RNN:
 
 
 def ours(module: nn.RNN) -> nn.Module:
+    """With weights of its own: those of ``module`` lie as cuDNN wants them, one behind another."""
     import torch_bptt
 
-    return torch_bptt.RNN.from_torch(module)
+    converted = torch_bptt.RNN.from_torch(module)
+    for parameter in converted.parameters():
+        parameter.data = parameter.data.clone()
+    return converted
 
 
 class Implementation(NamedTuple):
