@@ -116,7 +116,7 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
         build = (sys.executable, "setup.py", "build_ext", "--inplace")
         return [Step(build, seconds), Step((sys.executable, "-m", "gpu.built", str(out)), 30)]
     # Several processes, as small kernels mostly wait for theirs.
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if here("xdist") else []
+    workers = ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))] if here("xdist") else []
     if part == "paths":
         some = pytest(*workers, "tests/test_cuda.py", "tests/test_kernels.py", "-k", KERNELS)
         return [Step(forced(path, some), seconds / len(PATHS)) for path in PATHS]
@@ -160,7 +160,6 @@ def environment() -> dict[str, str]:
         ).rstrip(os.pathsep),
         "PYTHONUNBUFFERED": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a plugin that warns would be an error
-        "TORCH_BPTT_WERROR": "1",
     }
     own.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
     own.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import importlib.util
 import os
 import platform
 import shutil
@@ -89,7 +88,15 @@ def device_facts(commit: str) -> dict[str, str]:
 
 
 def clock_reader() -> Callable[[], str]:
-    """A function that reads the clock of the multiprocessors, in MHz; it may return nothing."""
-    if importlib.util.find_spec("pynvml") and torch.cuda.is_available():
-        return lambda: str(torch.cuda.clock_rate())
-    return lambda: smi("clocks.sm")
+    """A function that reads the clock of the multiprocessors, in MHz; it may return nothing.
+
+    By NVML, which takes microseconds, or else by nvidia-smi, which takes tens of milliseconds.
+    """
+    if not torch.cuda.is_available():
+        return lambda: ""
+    try:
+        torch.cuda.clock_rate()
+    except Exception as error:  # NVML's are of a class that only its own package knows
+        print(f"clocks are read by nvidia-smi: NVML is not to be had: {error}")
+        return lambda: smi("clocks.sm")
+    return lambda: str(torch.cuda.clock_rate())
