@@ -25,11 +25,11 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-onnx demo docs figures lint format sanitize bench bench-peers gpu-check clean
+.PHONY: help build test test-onnx test-frameworks demo docs figures lint format sanitize bench bench-peers gpu-check clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Variables: PYTHON, PIP_TORCH_ARGS, and those of setup.py (CXX, MAX_JOBS, ...)."
 
 build: $(VENV)/built  ## set up .venv and compile in place
@@ -41,6 +41,12 @@ test: build  ## all tests; only some: make test ARGS="-k packed"
 test-onnx: build  ## tests of the export to ONNX, which `make test` skips
 	$(PIP) install --quiet -r requirements-onnx.txt
 	$(BIN)/python -m pytest tests/test_onnx.py $(ARGS)
+
+# The same goes for these; requirements.txt says that torch stays the one that it is.
+test-frameworks: build  ## tests with Lightning, TorchRL and safetensors, which `make test` skips
+	$(PIP) install --quiet -r requirements-frameworks.txt -c requirements.txt
+	$(BIN)/python -m pytest tests/test_lightning_model.py tests/test_torchrl_policy.py \
+		tests/test_safetensors.py $(ARGS)
 
 demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
 	$(BIN)/python examples/char_lm.py $(ARGS)
