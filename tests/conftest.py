@@ -38,6 +38,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: about the CPU alone; skipped on another device")
     if config.getoption("--device") != "cpu":
         use(config.getoption("--device"))
+        # Of PyTorch, when the first product of a process runs in a backward pass; it then goes on.
+        config.addinivalue_line(
+            "filterwarnings", "ignore:Attempting to run cuBLAS, but there was no:UserWarning"
+        )
     # Tests are small, and where the machine is busy two threads that wait for each other take
     # several times as long as one. Tests about threads say how many they want.
     torch.set_num_threads(1)
