@@ -219,15 +219,14 @@ def test_as_exact_as_cudnn(hidden, nonlinearity, dtype, tf32):
         return [output.detach(), *gradients]
 
     truth = run(exact)
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.enabled = True
-    theirs.flatten_parameters()  # as it would have been when it was made
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        plain, got = run(theirs), run(ours)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            theirs.flatten_parameters()  # as it would have been when it was made
+            plain, got = run(theirs), run(ours)
     finally:
-        torch.backends.cudnn.enabled = False
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = allowed
     names = ("output", "grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh", "grad_bias")
     for name, mine, other, exactly in zip(names, got, plain, truth, strict=False):
         terms = 400 if name in SUMS else 16 + hidden + 2

@@ -24,14 +24,24 @@ RESET_SHARE = 0.03
 
 
 @contextlib.contextmanager
+def cudnn(**changed: bool) -> Iterator[None]:
+    """cuDNN's flags, changed for a while."""
+    flags = torch.backends.cudnn
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    with flags.flags(**{name: getattr(flags, name) for name in names} | changed):
+        yield
+
+
+@contextlib.contextmanager
 def arithmetic(name: str) -> Iterator[None]:
     """TF32 in float32 products, torch.nn.RNN's and the others, exactly where the case says so."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     try:
-        yield
+        with cudnn(allow_tf32=name == "tf32"):
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Problem(NamedTuple):
@@ -159,11 +169,8 @@ PASSES = {
 
 def without_cudnn(call: Call) -> Call:
     def native():
-        torch.backends.cudnn.enabled = False
-        try:
+        with cudnn(enabled=False):
             return call()
-        finally:
-            torch.backends.cudnn.enabled = True
 
     return native
 
