@@ -12,7 +12,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 PEERS := .venv-peers
 
 NATIVE   := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
-BENCH_NATIVE := $(sort $(shell find benchmarks -name '*.cpp'))
+BENCH_NATIVE := $(sort $(shell find benchmarks -name '*.cpp' -o -name '*.cu'))
 
 # The instrumented build and how Python runs on it. Python is not instrumented itself: the runtime of
 # AddressSanitizer has to be loaded first, and with it libstdc++, which it looks into when it starts.
@@ -25,7 +25,7 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-onnx test-frameworks demo docs figures lint format sanitize bench bench-peers clean
+.PHONY: help build test test-onnx test-frameworks demo docs figures lint format sanitize bench bench-peers gpu-check clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -73,6 +73,11 @@ bench-peers:  ## the same against JAX, oneDNN and ONNX Runtime, too
 	$(MAKE) VENV=$(PEERS) build
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-peers.txt
 	$(MAKE) VENV=$(PEERS) bench
+
+# With a Python that has torch for CUDA, pytest and hypothesis already: nothing is installed, so that
+# it also works on a machine without a network. Only some parts: make gpu-check ARGS="--parts cudnn".
+gpu-check:  ## on a machine with a GPU: build there, test, measure
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/installed  ## style of Python and C++; changes nothing
 	$(BIN)/ruff check .

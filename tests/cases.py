@@ -6,6 +6,7 @@ it on to GRID and to EVERYTHING. Every test that runs over these then covers it.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import torch
@@ -228,6 +229,23 @@ def lengths(case):
     return sorted((case.T - row % case.T for row in range(case.B)), reverse=True)
 
 
+def drawn_on_the_cpu(draw):
+    """The problem that ``draw`` returns, the same on every device: all but batch_sizes moves."""
+
+    @functools.wraps(draw)
+    def function(*args, **kwargs):
+        device = torch.get_default_device()
+        if device.type == "cpu":
+            return draw(*args, **kwargs)
+        with torch.device("cpu"):
+            p = draw(*args, **kwargs)
+        keep = None if p.keep is None else p.keep.to(device)
+        return dataclasses.replace(p.map(lambda t: t.to(device)), keep=keep)
+
+    return function
+
+
+@drawn_on_the_cpu
 def problem(case, dtype=torch.float64, seed=0):
     """Normal data, weights uniform in +-1/sqrt(H) as torch.nn.RNN initialises them."""
     random = torch.Generator().manual_seed(seed)
@@ -247,6 +265,7 @@ def problem(case, dtype=torch.float64, seed=0):
     return p.to(dtype)
 
 
+@drawn_on_the_cpu
 def integers(case, fan=2, seed=0):
     """Small integers in float64: data in {-1, 0, 1}, ``fan`` entries of +-1 per row of a weight.
 

@@ -70,10 +70,7 @@ def run(module, input, hx=None, seed=0, **options):
     output, h_n = module(input, hx, **options)
     flat = output.data if isinstance(output, PackedSequence) else output
     weigh = torch.Generator().manual_seed(1)
-    loss = sum(
-        (part * torch.randn(part.shape, generator=weigh, dtype=part.dtype)).sum()
-        for part in (flat, h_n)
-    )
+    loss = sum((part * normal(part, weigh)).sum() for part in (flat, h_n))
     leaves = {"input": leaf, "hx": hx, **dict(module.named_parameters())}
     leaves = {name: tensor for name, tensor in leaves.items() if tensor is not None}
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
@@ -91,10 +88,17 @@ def assert_same_run(got, expected):
             assert mine is None or torch.equal(mine, other)
 
 
+def normal(like, generator):
+    """Standard normal numbers, from a generator on the CPU, as many as ``like`` has."""
+    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu")
+    return drawn.to(like.device)
+
+
 def randn(*shape, seed=0):
     """Standard normal float64 numbers that depend on shape and seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 networks = st.fixed_dictionaries(

@@ -13,6 +13,7 @@ import torch
 from cases import EVERYTHING, Case, Problem, computed, grid, one_step, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import normal
 from test_reference import loop_by_rows
 from tolerances import error_of, floor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -148,7 +149,7 @@ def derivatives(function, p, order):
     everything = [results]
     for _ in range(order):
         last = everything[-1]
-        directions = [torch.randn(t.shape, generator=random, dtype=t.dtype) for t in last]
+        directions = [normal(t, random) for t in last]
         scalar = sum((t * v).sum() for t, v in zip(last, directions, strict=True))
         options = {"create_graph": order > 1, "materialize_grads": True}
         everything.append(list(torch.autograd.grad(scalar, asked, **options)))
@@ -720,6 +721,7 @@ TRAIN_ONE_STEP = """
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_training_memory():
     """Beyond inputs, outputs and gradients at most half the bytes of the output, at any moment."""

@@ -12,7 +12,7 @@ import torch
 from cases import EVERYTHING, Case, Problem, problem
 from tolerances import same_bits
 
-import torch_bptt  # noqa: F401 - registers the operators
+from torch_bptt import reference
 
 OPERATORS = torch.ops.torch_bptt
 GRADIENTS = ("x", "h0", "weight_ih", "weight_hh", "bias", "alpha", "restart", "norms")
@@ -150,6 +150,19 @@ def test_each_part_of_the_batch_has_sums_of_its_own(case, T, rows, parts, dtype)
                 same_bits(f"{name} of part {part}", together[name][part], expected)
     for name in ("grad_x", "grad_h0", "grad_restart", "grad_norms"):
         same_bits(name, together[name], plain[name])
+
+
+@pytest.mark.parametrize("case", CASES_OF_PARTS, ids=str)
+def test_parts_are_those_of_the_specification(case):
+    case = case.but(B=6)
+    p = in_parts(problem(case), problem(case.but(B=2)), 3)
+    h, _, f = OPERATORS.rnn_forward(*p.operands, **p.forward_options)
+    given = (p.grad_h, p.grad_h_n, p.x, p.h0, h, f, p.weight_ih, p.weight_hh)
+    options = p.backward_options | {"wanted": [True] * 5 + [p.alpha is not None, True, True]}
+    got = OPERATORS.rnn_backward(*given, **options, parts=3)
+    expected = reference.rnn_backward(*given, **options, parts=3)
+    for name, mine, other in zip(GRADIENTS, got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

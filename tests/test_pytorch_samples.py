@@ -32,14 +32,9 @@ def samples(theirs, dtype=torch.float64, requires_grad=False, **options):
     torch.manual_seed(0)
     if theirs is nn.RNN:
         options["with_packed_sequence"] = options.get("with_packed_sequence", True)
-    inputs = INFO[theirs].module_inputs_func(
-        INFO[theirs],
-        device="cpu",
-        dtype=dtype,
-        requires_grad=requires_grad,
-        training=True,
-        **options,
-    )
+    given = {"device": torch.get_default_device(), "dtype": dtype, "requires_grad": requires_grad}
+    with torch.device("cpu"):  # the lengths of packed sequences are to stay there
+        inputs = INFO[theirs].module_inputs_func(INFO[theirs], training=True, **given, **options)
     assert len(inputs) >= 3
     return [(s.constructor_input, s.forward_input, s.reference_fn) for s in inputs]
 
@@ -212,7 +207,11 @@ def test_whether_training_matters(theirs):
 @dtypes
 def test_errors(theirs, dtype):
     errors = INFO[theirs].module_error_inputs_func(
-        INFO[theirs], device="cpu", dtype=dtype, requires_grad=False, training=True
+        INFO[theirs],
+        device=torch.get_default_device(),
+        dtype=dtype,
+        requires_grad=False,
+        training=True,
     )
     assert len(errors) >= 6
     for error in errors:

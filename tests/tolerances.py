@@ -34,6 +34,10 @@ u = eps/2 is half the spacing of the dtype at 1: the largest relative error of o
     truth itself, error(plain) is that of float32 on the same case times the ratio of their eps;
     twice it then covers our own error and the truth's.
 
+    float32 with TF32 reads operands with 10 bits after the point instead of 23 and adds in
+    float32: the error of a product is that of two rounded operands, u = 2^-11 each, and (b) holds
+    with TF32_EPS = 2^-10 in the place of eps. Without TF32 nothing is different on a GPU.
+
 (d) A function of one number is judged in units in the last place of the correctly rounded value:
     ``ulps``.
 """
@@ -43,10 +47,13 @@ import math
 import numpy as np
 import torch
 
+TF32_EPS = 2.0**-10
 
-def floor(dtype, K, scale):
-    """(b): K terms per sum, scale the largest |truth|."""
-    return torch.finfo(dtype).eps * (1 + math.ceil(math.log2(max(K, 1)))) * scale
+
+def floor(dtype, K, scale, eps=None):
+    """(b): K terms per sum, scale the largest |truth|; eps that of dtype unless given."""
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    return eps * (1 + math.ceil(math.log2(max(K, 1)))) * scale
 
 
 def error_of(got, truth):
@@ -73,7 +80,7 @@ def largest_error(got, truth):
     return error_of(got, truth).max().item() if got.numel() else 0.0
 
 
-def close_to_truth(name, got, truth, plain_error, *, K, steps=False, batch_sizes=None):
+def close_to_truth(name, got, truth, plain_error, *, K, steps=False, batch_sizes=None, eps=None):
     """Assert (c). ``truth`` is float64, plain_error the yardstick's largest, K the longest sum.
 
     steps says that dimension 0 is time, packed if batch_sizes is given; the message then names t.
@@ -82,7 +89,7 @@ def close_to_truth(name, got, truth, plain_error, *, K, steps=False, batch_sizes
     if got.numel() == 0:
         return
     error = error_of(got, truth)
-    least = floor(got.dtype, K, truth.nan_to_num(0, 0, 0).abs().max().item())
+    least = floor(got.dtype, K, truth.nan_to_num(0, 0, 0).abs().max().item(), eps)
     worst = error.argmax()
     if not error.max() <= 2 * plain_error + least:
         raise AssertionError(

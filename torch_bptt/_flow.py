@@ -41,7 +41,8 @@ def activation_of(module: RNN) -> str:
 
 def alpha_of(module: RNN, index: int) -> Tensor:
     """The leak of layer and direction ``index``, () or (H,), in float64."""
-    alpha = torch.as_tensor(module.alpha, dtype=torch.float64).detach()
+    device = module.alpha.device if isinstance(module.alpha, Tensor) else "cpu"
+    alpha = torch.as_tensor(module.alpha, dtype=torch.float64, device=device).detach()
     return alpha[index] if alpha.dim() == 2 else alpha
 
 
@@ -94,7 +95,7 @@ class LayerFlow:
     @property
     def rms_by_step(self) -> Tensor:
         """(T,) float64: root mean square over rows of the norms at step t; NaN where no row is."""
-        there = torch.arange(len(self.norms))[:, None] < self.lengths
+        there = torch.arange(len(self.norms), device="cpu")[:, None] < self.lengths
         return _log_rms(self.norms.double().log(), there).exp()
 
     @functools.cached_property
@@ -104,7 +105,8 @@ class LayerFlow:
         Entry j belongs to the step that backpropagation reaches after j steps: j before the last
         one of each row (in reverse, j after the first). The mean is over rows that are so long.
         """
-        back = torch.arange(int(self.lengths.max()) if len(self.lengths) else 0)[:, None]
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        back = torch.arange(longest, device="cpu")[:, None]
         there = back < self.lengths
         step = back.expand(there.shape) if self.reverse else self.lengths - 1 - back
         return _log_rms(self.norms.double().gather(0, step.clamp(min=0)).log(), there)
@@ -112,7 +114,7 @@ class LayerFlow:
     @functools.cached_property
     def _slope(self):
         logs = self.log_norms
-        back = torch.arange(len(logs), dtype=logs.dtype)
+        back = torch.arange(len(logs), dtype=logs.dtype, device="cpu")
         usable = logs.isfinite() & (logs >= math.log(torch.finfo(self.norms.dtype).tiny))
         if usable.sum() < 2:
             return None
@@ -193,7 +195,7 @@ class LayerFlow:
     def _arriving(self, h):
         """p_t, as far as it is in the output; else NaN."""
         unknown = torch.full_like(h[:1], math.nan)
-        cut = torch.tensor(False) if self.reset is None else self.reset[..., None]
+        cut = torch.tensor(False, device="cpu") if self.reset is None else self.reset[..., None]
         if self.reverse:  # a reset before t keeps the state of t from t - 1
             return torch.cat((torch.where(cut, math.nan, h)[1:], unknown))
         return torch.where(cut, math.nan, torch.cat((unknown, h[:-1])))
@@ -234,7 +236,7 @@ class LayerFlow:
         return self._first(~self.norms.isfinite(), not self.reverse)
 
     def _first(self, bad: Tensor, downward: bool) -> Place | None:
-        exists = torch.arange(len(bad))[:, None] < self.lengths
+        exists = torch.arange(len(bad), device="cpu")[:, None] < self.lengths
         places = (bad & exists).nonzero()
         if not len(places):
             return None

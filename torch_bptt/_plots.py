@@ -30,7 +30,11 @@ def gradient_flow(layers, ax=None):
     for layer in layers:
         norms = layer.rms_by_step
         # A logarithmic axis has no place for zero: the line ends there.
-        ax.plot(torch.arange(len(norms)), norms.where(norms > 0, torch.nan), label=layer.label)
+        ax.plot(
+            torch.arange(len(norms), device="cpu"),
+            norms.where(norms > 0, torch.nan),
+            label=layer.label,
+        )
     ax.set_yscale("log")
     ax.set(xlabel="step t", ylabel="norm of dL/dh_t, rms over rows", title="Gradient of the state")
     return _legend(ax)
@@ -40,14 +44,14 @@ def saturation(layers, ax=None):
     ax = _axes(ax)
     for layer in layers:
         share = 100 * layer.saturated_by_step
-        ax.plot(torch.arange(len(share)), share, label=layer.label)
+        ax.plot(torch.arange(len(share), device="cpu"), share, label=layer.label)
     ax.set(xlabel="step t", ylabel="saturated units, %", ylim=(-3, 103), title="Saturation")
     return _legend(ax)
 
 
 def eigenvalues(weights, ax=None):
     ax = _axes(ax)
-    angle = torch.linspace(0, 2 * torch.pi, 361)
+    angle = torch.linspace(0, 2 * torch.pi, 361, device="cpu")
     ax.plot(angle.cos(), angle.sin(), color="0.6", linewidth=1, label="unit circle")
     for layer in weights:
         values = layer.eigenvalues
@@ -62,7 +66,7 @@ def jacobian_spectrum(layers, ax=None, label=None):
     ax = _axes(ax)
     for layer in layers:
         rates = layer.rates.flatten(0, 1)
-        index = torch.arange(1, rates.shape[1] + 1)
+        index = torch.arange(1, rates.shape[1] + 1, device="cpu")
         about = f"{label or layer.label}, {layer.window} steps"
         (line,) = ax.plot(index, rates.median(0).values, ".-", label=about)
         low, high = rates.amin(0), rates.amax(0)

@@ -98,7 +98,7 @@ def weights(model: nn.Module) -> Weights:
             weight = _parameters(module, layer, reverse)[1].cpu()
             alpha, steepest = alpha_of(module, index).cpu(), STEEPEST[activation_of(module)]
             if not weight.isfinite().all():
-                nothing = torch.full((len(weight),), complex(math.nan, math.nan))
+                nothing = torch.full((len(weight),), complex(math.nan, math.nan), device="cpu")
                 found.append(LayerWeights(name, layer, reverse, nothing, *(math.nan,) * 3))
                 continue
             eigenvalues = torch.linalg.eigvals(weight)
@@ -338,7 +338,8 @@ def _lyapunov(gate, weight, alpha, count, skip):
     steps, rows, size = gate.shape
     resolution = size * torch.finfo(gate.dtype).eps
     # Any axes will do but those that a matrix may map to themselves, such as those of the units.
-    start = torch.randn(size, count, generator=torch.Generator().manual_seed(0), dtype=gate.dtype)
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(size, count, generator=random, dtype=gate.dtype, device="cpu")
     axes = torch.linalg.qr(start).Q.to(gate.device).expand(rows, size, count)
     total = gate.new_zeros(rows, count)
     for step in range(steps):

@@ -212,7 +212,7 @@ class _Layout:
         reset = None if reset is None else reset.cpu()
         if isinstance(input, PackedSequence):
             steps, rows, order = len(batch_sizes), int(batch_sizes[0]), input.sorted_indices
-            order = torch.arange(rows) if order is None else order.cpu()
+            order = torch.arange(rows, device="cpu") if order is None else order.cpu()
         else:
             if input.dim() == 2:
                 input, reset = input.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
@@ -220,14 +220,17 @@ class _Layout:
                 input, reset = input.transpose(0, 1), None if reset is None else reset.T
             steps, rows = input.shape[:2]
             if lengths is None:
-                return cls(steps, torch.full((rows,), steps), None, reset)
+                return cls(steps, torch.full((rows,), steps, device="cpu"), None, reset)
             # As functional.run sorts them, ties included.
             lengths, order = checks.check_lengths(lengths, steps, rows).sort(descending=True)
             order = order[lengths > 0]
         # Where no row has a step, there are no packed rows and no batch_sizes either.
-        sizes = torch.empty(0, dtype=torch.int64) if batch_sizes is None else batch_sizes
-        step, column = (torch.arange(len(order)) < sizes[:, None]).nonzero(as_tuple=True)
-        lengths = torch.zeros(rows, dtype=torch.int64)
+        sizes = (
+            torch.empty(0, dtype=torch.int64, device="cpu") if batch_sizes is None else batch_sizes
+        )
+        columns = torch.arange(len(order), device="cpu")
+        step, column = (columns < sizes[:, None]).nonzero(as_tuple=True)
+        lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
         lengths[order] = torch.bincount(column, minlength=len(order))
         return cls(steps, lengths, (step, order[column]), reset)
 

@@ -145,7 +145,7 @@ class Links:
         options: Options,
     ):
         if batch_sizes is None and x.dim() == 2:  # a single step, which is packed rows as well
-            batch_sizes = torch.tensor([len(x)] if len(x) else [], dtype=torch.int64)
+            batch_sizes = torch.tensor([len(x)] if len(x) else [], dtype=torch.int64, device="cpu")
         return cls(batch_sizes, keep, mask, options.reverse, options.truncate)
 
     def arriving(
@@ -188,7 +188,9 @@ class Links:
                 return torch.cat((zero, v[:-1])), v[-1:], v_restart
             return torch.cat((v[1:], zero)), v[:1], v_restart
         rows, before = len(v), self._before
-        after = torch.full((rows + self._batch,), rows).index_copy(0, before, torch.arange(rows))
+        after = torch.full((rows + self._batch,), rows, device="cpu").index_copy(
+            0, before, torch.arange(rows, device="cpu")
+        )
         moved = torch.cat((v, zero)).index_select(0, after.to(v.device))
         return moved[:rows], moved[rows:], v_restart
 
@@ -226,7 +228,9 @@ class Links:
 
     @property
     def _steps(self) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.batch_sizes)), self.batch_sizes)
+        return torch.repeat_interleave(
+            torch.arange(len(self.batch_sizes), device="cpu"), self.batch_sizes
+        )
 
     @property
     def _offsets(self) -> Tensor:
@@ -235,7 +239,7 @@ class Links:
     @property
     def _columns(self) -> Tensor:
         steps = self._steps
-        return torch.arange(len(steps)) - self._offsets[steps]
+        return torch.arange(len(steps), device="cpu") - self._offsets[steps]
 
     @property
     def _lengths(self) -> Tensor:
@@ -252,7 +256,7 @@ class Links:
 
     @property
     def _final(self) -> Tensor:
-        columns = torch.arange(self._batch)
+        columns = torch.arange(self._batch, device="cpu")
         return columns if self.reverse else self._offsets[self._lengths - 1] + columns
 
     def _kept(self, p: Tensor) -> Tensor | None:
@@ -267,7 +271,7 @@ class Links:
         if not self.truncate:
             return None
         if self.batch_sizes is None:
-            own = torch.arange(p.shape[0])[:, None]
+            own = torch.arange(p.shape[0], device="cpu")[:, None]
             own = p.shape[0] - 1 - own if self.reverse else own
         else:
             own = self._lengths[self._columns] - 1 - self._steps if self.reverse else self._steps

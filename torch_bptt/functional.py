@@ -236,7 +236,8 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
 def _run_packed(stack, input, hx, reset):
     data, batch_sizes, order, inverse = input
     if reset is not None:
-        existing = torch.arange(checks.count_rows(input, reset=reset)) < batch_sizes[:, None]
+        rows = torch.arange(checks.count_rows(input, reset=reset), device="cpu")
+        existing = rows < batch_sizes[:, None]
         checks.check_reset(reset, existing.shape, data.device)
         reset = reset if order is None else reset.index_select(1, order)
         reset = reset & existing.to(data.device)
@@ -253,7 +254,8 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
     rows, device = len(lengths), input.device
     lengths, order = lengths.sort(descending=True)
     order, lengths = order[lengths > 0], lengths[lengths > 0]
-    existing = torch.arange(number(lengths[0]) if len(lengths) else 0)[:, None] < lengths
+    steps = torch.arange(number(lengths[0]) if len(lengths) else 0, device="cpu")
+    existing = steps[:, None] < lengths
     batch_sizes = existing.sum(1)
     step, row = existing.nonzero(as_tuple=True)
     row = order[row]

@@ -109,7 +109,7 @@ class Layout:
             conditions.append(self.flat("mask", mask))
         if lengths is not None and self.packed is None and not self.many_to_one:
             lengths = checks.check_lengths(lengths, self.steps, self.rows)
-            conditions.append((torch.arange(self.steps)[:, None] < lengths).flatten())
+            conditions.append((torch.arange(self.steps, device="cpu")[:, None] < lengths).flatten())
         if last and target.dtype == torch.int64:  # else its loss, zero, may be computed
             conditions.append(target != IGNORED)
         if not conditions and not last:
@@ -128,13 +128,13 @@ class Layout:
     def _existing(self):
         """(T, B), rows as packed."""
         sizes = self.packed.batch_sizes
-        return (torch.arange(self.rows) < sizes[:, None]).to(self.packed.data.device)
+        return (torch.arange(self.rows, device="cpu") < sizes[:, None]).to(self.packed.data.device)
 
     @property
     def _row(self):
         """Of each flat prediction, counted as packed."""
         if self.packed is None:
-            return torch.arange(self.rows).repeat(self.steps)
+            return torch.arange(self.rows, device="cpu").repeat(self.steps)
         return self._existing.nonzero()[:, 1]
 
 

@@ -95,7 +95,9 @@ class _Timeline:
         if self.truncate:
             lengths = [sum(row < size for size in self.sizes) for row in range(len(state))]
             own_steps = [length - 1 - t if self.reverse else t for length in lengths]
-            uncut = torch.tensor([[s == 0 or s % self.truncate > 0] for s in own_steps])
+            uncut = torch.tensor(
+                [[s == 0 or s % self.truncate > 0] for s in own_steps], device="cpu"
+            )
             state = torch.where(uncut.to(state.device), state, 0) if own_steps else state
         return self.keeps(t, state, restart)
 
@@ -193,6 +195,7 @@ def rnn_backward(
     reverse=False,
     truncate=0,
     clip=None,
+    parts=0,
 ):
     """Backpropagate through time: the gradients of rnn_forward, by hand.
 
@@ -209,11 +212,14 @@ def rnn_backward(
         truncate: k > 0 cuts the gradient before a row's own steps k, 2k, ...; 0 never does. See
             adjoint_scan.
         clip: c clamps every d_t to [-c, c]; dh0 is not clamped. None clamps nothing.
+        parts: n > 0 takes the sums for every n-th row of the batch by itself: row b counts to part
+            b % n. 0 takes one over all of them.
         wanted: eight bools, which of the results to return.
     Returns:
         grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart, shaped
         as their inputs, and norms, the length of d_t of every row, shaped as x without its
-        features; (0,) where not wanted.
+        features; (0,) where not wanted. The sums, which are those of weights, bias and alpha, have
+        parts in front where there are any.
     Source:
         Werbos (1990), Backpropagation through time: what it does and how to do it; the clamp,
         Graves (2013), Generating sequences with recurrent neural networks.
@@ -232,15 +238,22 @@ def rnn_backward(
         entering[t] = time.masks(p[t])
         state = time.replace(state, h_steps[t])
 
-    rows = (x, time.join(entering, h), gate * d, d * (y - time.join(p, h)))
-    x, entering, delta, of_alpha = (each.flatten(0, -2) for each in rows)
+    def of_parts(rows):  # (parts, rows of one, features)
+        rows, count = rows.flatten(0, -2), max(parts, 1)
+        return rows.unflatten(0, (len(rows) // count, count)).transpose(0, 1)
+
+    def shaped(sums):
+        return sums if parts else sums.squeeze(0)
+
+    delta = gate * d
+    entering, of_alpha = time.join(entering, h), d * (y - time.join(p, h))
     grads = (
-        (delta @ weight_ih).view(*h.shape[:-1], x.shape[-1]),
+        delta @ weight_ih,
         grad_h0,
-        delta.T @ x,
-        delta.T @ entering,
-        delta.sum(0),
-        of_alpha.sum(0).to(h.dtype if alpha is None else alpha.dtype),
+        shaped(of_parts(delta).mT @ of_parts(x)),
+        shaped(of_parts(delta).mT @ of_parts(entering)),
+        shaped(of_parts(delta).sum(1)),
+        shaped(of_parts(of_alpha).sum(1)).to(h.dtype if alpha is None else alpha.dtype),
         grad_restart,
         torch.linalg.vector_norm(d, dim=-1),
     )

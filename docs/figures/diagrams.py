@@ -1,7 +1,7 @@
-"""Diagrams of the tutorial: `make figures`."""
+"""Diagrams of the tutorial and of the page about CUDA: `make figures`."""
 
 import svg
-from svg import BLUE, GREEN, GREY, PALE, RED, Drawing
+from svg import BLACK, BLUE, GREEN, GREY, PALE, RED, Drawing
 
 
 def unrolled():
@@ -88,7 +88,71 @@ def memory():
     return drawing
 
 
-FIGURES = {"unrolled.svg": unrolled, "windows.svg": windows, "memory.svg": memory}
+def cuda_paths():
+    """Where the weight and the state are during a step, in each of the three paths on a GPU."""
+    drawing = Drawing(720, 392, "Weights and states on a GPU: block, cluster and step")
+
+    def part(x, y, width, height, words, color=GREY, fill="white", size=11.5):
+        """Words, one below the other, in a box."""
+        drawing.box(x, y, width, height, fill, color, 3)
+        for i, line in enumerate(words):
+            drawing.text(x + width / 2, y + height / 2 + 4 + 15 * (i - (len(words) - 1) / 2), line,
+                         size, BLACK if color == GREY else color)  # fmt: skip
+
+    def block(x, y, width, weight, state):
+        """A thread block: what its registers and its shared memory hold."""
+        drawing.box(x, y, width, 100)
+        part(x + 6, y + 6, width - 12, 40, weight, BLUE)
+        part(x + 6, y + 54, width - 12, 40, state, GREEN)
+
+    for x, title, when in (
+        (16, "block", "small H"), (252, "cluster", "medium H"), (488, "step", "any size"),
+    ):  # fmt: skip
+        drawing.text(x + 108, 24, title, 16)
+        drawing.text(x + 108, 42, when, 12, GREY)
+        part(x, 300, 216, 52, ["memory: the drive c_t is read,", "the states h_t are written"])
+
+    block(36, 92, 176, ["all of W_{hh}"], ["all of h_t, of a few rows"])
+    drawing.line([(124, 192), (124, 206), (22, 206), (22, 80), (124, 80), (124, 90)], RED,
+                 arrow=True)  # fmt: skip
+    drawing.text(124, 224, "every step: one barrier of the block", 11, RED)
+    drawing.line([(94, 232), (94, 298)], GREY, 1.2, arrow=True)
+    drawing.line([(154, 298), (154, 236)], GREY, 1.2, arrow=True)
+
+    for i in range(2):
+        block(256 + 108 * i, 92, 100, [f"W_{{hh}}, part {i + 1}"], ["all of h_t"])
+    for i, j in ((0, 1), (1, 0)):
+        x, to, y = 306 + 108 * i, 306 + 108 * j, 206 + 14 * i
+        drawing.line([(x - 12, 192), (x - 12, y), (to + 12, y), (to + 12, 194)], RED, arrow=True)
+    drawing.text(360, 238, "every step: each block sends its units", 11, RED)
+    drawing.text(360, 252, "into the shared memory of all others", 11, RED)
+    drawing.line([(330, 258), (330, 298)], GREY, 1.2, arrow=True)
+    drawing.line([(390, 298), (390, 260)], GREY, 1.2, arrow=True)
+
+    for i in range(2):
+        block(492 + 108 * i, 92, 100, ["sums of", "one tile"], ["pieces of", "W_{hh} and h_{t-1}"])
+        x = 542 + 108 * i
+        drawing.line([(x, 232), (x, 194)], RED, arrow=True)
+    part(488, 234, 216, 40, ["second-level cache: W_{hh}, h_{t-1}"])
+    drawing.text(596, 76, "every step: a kernel of its own", 11, RED)
+    drawing.line([(556, 274), (556, 298)], GREY, 1.2, arrow=True)
+    drawing.line([(636, 298), (636, 276)], GREY, 1.2, arrow=True)
+
+    drawing.box(16, 366, 14, 14, "white", BLUE, 3)
+    drawing.text(36, 378, "registers of a block", 12, BLUE, "start")
+    drawing.box(262, 366, 14, 14, "white", GREEN, 3)
+    drawing.text(282, 378, "shared memory of a block", 12, GREEN, "start")
+    drawing.line([(462, 373), (486, 373)], RED, arrow=True)
+    drawing.text(494, 378, "what the next step waits for", 12, RED, "start")
+    return drawing
+
+
+FIGURES = {
+    "unrolled.svg": unrolled,
+    "windows.svg": windows,
+    "memory.svg": memory,
+    "cuda-paths.svg": cuda_paths,
+}
 
 if __name__ == "__main__":
     svg.write(FIGURES)
