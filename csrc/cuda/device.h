@@ -23,13 +23,13 @@ struct Index3 {
 
 // How a kernel is started. `stream` is a cudaStream_t.
 struct Launch {
-  Index3 grid;
+  Index3 grid{};
   unsigned threads = 32;    // per block
   unsigned cluster = 1;     // blocks along x that run together; grid.x is a multiple of it
   size_t shared_bytes = 0;  // per block
   void* stream = nullptr;
-  bool overlap = false;  // may start before the kernel ahead of it in the stream ends; it then calls
-                         // wait_for_kernel_before() before it touches what that one writes
+  bool overlap = false;  // may start before the kernel ahead of it in the stream ends; it then
+                         // calls wait_for_kernel_before() before it touches what that one writes
 };
 
 // Null: it went well.
@@ -179,10 +179,10 @@ TORCH_BPTT_DEVICE unsigned warp_ballot(bool value) { return __ballot_sync(~0u, v
 
 TORCH_BPTT_DEVICE float widen(float value) { return value; }
 TORCH_BPTT_DEVICE double widen(double value) { return value; }
-TORCH_BPTT_DEVICE float widen(bfloat16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
-TORCH_BPTT_DEVICE float widen(float16 value) {
-  return __half2float(__ushort_as_half(value.bits));
+TORCH_BPTT_DEVICE float widen(bfloat16 value) {
+  return __uint_as_float(uint32_t(value.bits) << 16);
 }
+TORCH_BPTT_DEVICE float widen(float16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
 // Rounded to nearest, ties to even: the storage type S of a value.
 template <class S>
@@ -265,9 +265,8 @@ TORCH_BPTT_DEVICE void report(int* error_word, int code) { atomicCAS(error_word,
 // Fragments are as the PTX manual draws them, with g = lane / 4 and t = lane % 4.
 // 16-bit types, m16n8k16: register i of a holds (row g + 8 (i & 1), columns 2t + 8 (i >> 1) and the
 // one after), of b (rows 2t + 8 i and the one after, column g).
-// tf32, m16n8k8: register i of a holds (row g + 8 (i & 1), column t + 4 (i >> 1)), of b (row t + 4 i,
-// column g).
-// d[i]: row g + 8 (i >> 1), column 2t + (i & 1).
+// tf32, m16n8k8: register i of a holds (row g + 8 (i & 1), column t + 4 (i >> 1)), of b (row t + 4
+// i, column g). d[i]: row g + 8 (i >> 1), column 2t + (i & 1).
 
 // d += a b with sums in float32.
 template <class S>
@@ -436,16 +435,16 @@ TORCH_BPTT_DEVICE void send(Remote to, const Words4& value, Remote box) {
       : "memory");
 }
 TORCH_BPTT_DEVICE void send(Remote to, uint64_t value, Remote box) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
-                   to.address),
-               "l"(value), "r"(box.address)
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to.address),
+      "l"(value), "r"(box.address)
+      : "memory");
 }
 TORCH_BPTT_DEVICE void send(Remote to, uint32_t value, Remote box) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   to.address),
-               "r"(value), "r"(box.address)
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to.address),
+      "r"(value), "r"(box.address)
+      : "memory");
 }
 
 #endif  // TORCH_BPTT_HAS_CLUSTERS
