@@ -33,7 +33,8 @@ struct Loop {
   Rows<const S> mask;       // (B, H) null: ones
 
   // Read at every step; rows as of `state`.
-  Rows<const C> c;      // forward: x W_ih^T, which may lie where h will be
+  const C* c{};         // forward: x W_ih^T, rows of H from row `c_first` of the sequence on;
+  int64_t c_first = 0;  // they may lie where h will be
   Rows<const S> noise;  // forward; null: zeros
   const S* bias[2]{};   // forward (H); null: zeros
   Rows<const S> g;      // adjoint: null: zeros; tangent
@@ -60,6 +61,11 @@ struct Loop {
   }
   // How many steps there are to run, the one past the first included.
   TORCH_BPTT_INLINE int64_t steps() const { return schedule.T + (before_first() ? 1 : 0); }
+};
+
+// Some of a loop's steps, in its order; the state of the step before `begin` is there already.
+struct Steps {
+  int64_t begin, end;
 };
 
 }  // namespace torch_bptt::cuda

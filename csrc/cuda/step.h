@@ -34,8 +34,7 @@ class Step {
     t = adjoint ? s.step(s.T - 1 - i) : s.step(i);
     from = adjoint ? s.after(t) : s.before(t);
     existing = i < s.T ? s.rows_at(t) : 0;
-    if (i >= s.T) received = 0;
-    else received = adjoint ? s.rows_continuing(t) : s.rows_continued(t);
+    received = i >= s.T ? 0 : adjoint ? s.rows_continuing(t) : s.rows_continued(t);
     // Rows of the step before that have no step here: the recurrence runs once more for them.
     closing = loop.before_first() && i > 0 ? s.rows_at(from) : 0;
     handed_on = loop.pass == Pass::forward && i < s.T ? s.rows_continuing(t) : 0;
@@ -73,7 +72,7 @@ class Step {
       if (l.bias[0]) in.added += widen(l.bias[0][j]);
       if (l.bias[1]) in.added += widen(l.bias[1][j]);
       if (l.noise.data) in.added += widen(s.row(l.noise, t, b)[j]);
-      in.added += s.row(l.c, t, b)[j];
+      in.added += l.c[(s.offset(t) + b - l.c_first) * l.H + j];
       return in;
     }
     if (l.g.data) in.added = widen(s.row(l.g, t, b)[j]);
