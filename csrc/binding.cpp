@@ -49,12 +49,22 @@ TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) { m.impl("rnn", tor
 
 TORCH_LIBRARY_IMPL(torch_bptt, Autograd, m) { m.impl("rnn", torch_bptt::rnn_with_gradient); }
 
-TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) {
+namespace {
+
+// The same functions for every device; dispatch.h sends each problem to the backend of its tensors.
+void implement_operators(torch::Library& m) {
   m.impl("rnn_forward", torch_bptt::rnn_forward);
   m.impl("rnn_backward", torch_bptt::rnn_backward);
   m.impl("adjoint_scan", torch_bptt::adjoint_scan);
   m.impl("tangent_scan", torch_bptt::tangent_scan);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) { implement_operators(m); }
+#ifdef TORCH_BPTT_CUDA
+TORCH_LIBRARY_IMPL(torch_bptt, CUDA, m) { implement_operators(m); }
+#endif
 
 namespace torch_bptt {
 
@@ -108,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
     return std::map<std::string, std::string>{
         {"build", TORCH_BPTT_BUILD},
         {"compiler", __VERSION__},
-        {"cuda", "no"},
+        {"cuda", TORCH_BPTT_BUILT_WITH_CUDA},
         {"flags", TORCH_BPTT_CXX_FLAGS},
         {"torch", TORCH_BPTT_BUILT_WITH_TORCH},
     };

@@ -14,6 +14,9 @@
 #include "core/activations.h"
 #include "core/problem.h"
 #include "cpu/kernels.h"
+#ifdef TORCH_BPTT_CUDA
+#include "cuda_backend.h"
+#endif
 
 namespace torch_bptt {
 
@@ -101,6 +104,9 @@ struct ScheduleOf {
       TORCH_CHECK_TYPE(keep_option->scalar_type() == at::kBool, op,
                        ": keep must be a bool tensor, got ", keep_option->scalar_type());
       check_shape(op, "keep", *keep_option, {sizes.T, sizes.B}, "(steps, batch)");
+      TORCH_CHECK(keep_option->device() == sizes.device, op,
+                  ": keep must be on the device of the sequence, expected ", sizes.device, ", got ",
+                  keep_option->device());
       keep = keep_option->contiguous();
     }
     schedule.T = sizes.T;
@@ -125,6 +131,49 @@ inline Parallel torch_threads() {
               if (omp_get_thread_num() < count) task(context, omp_get_thread_num(), count);
             }
           }};
+}
+
+// The functions of a backend; `like` is a tensor of the call.
+template <class S>
+struct Backend {
+  void (*rnn_forward)(const ForwardProblem<S>& problem, const Tensor& like);
+  void (*rnn_backward)(const BackwardProblem<S>& problem, const Tensor& like);
+  void (*adjoint_scan)(const ScanProblem<S>& problem, const Tensor& like);
+  void (*tangent_scan)(const ScanProblem<S>& problem, const Tensor& like);
+};
+
+template <class S>
+constexpr Backend<S> kCpuBackend{
+    [](const ForwardProblem<S>& problem, const Tensor&) {
+      cpu::kernels().of<S>().rnn_forward(problem, torch_threads());
+    },
+    [](const BackwardProblem<S>& problem, const Tensor&) {
+      cpu::kernels().of<S>().rnn_backward(problem, torch_threads());
+    },
+    [](const ScanProblem<S>& problem, const Tensor&) {
+      cpu::kernels().of<S>().adjoint_scan(problem, torch_threads());
+    },
+    [](const ScanProblem<S>& problem, const Tensor&) {
+      cpu::kernels().of<S>().tangent_scan(problem, torch_threads());
+    },
+};
+
+#ifdef TORCH_BPTT_CUDA
+template <class S>
+constexpr Backend<S> kCudaBackend{cuda::rnn_forward<S>, cuda::rnn_backward<S>,
+                                  cuda::adjoint_scan<S>, cuda::tangent_scan<S>};
+#endif
+
+// The backend for the device of a tensor. In the build with CUDA kernels on the host, which is for
+// tests, that one.
+template <class S>
+const Backend<S>& backend_of([[maybe_unused]] const Tensor& like) {
+#if defined(TORCH_BPTT_CUDA_ON_HOST)
+  return kCudaBackend<S>;
+#elif defined(TORCH_BPTT_CUDA)
+  if (like.is_cuda()) return kCudaBackend<S>;
+#endif
+  return kCpuBackend<S>;
 }
 
 }  // namespace torch_bptt

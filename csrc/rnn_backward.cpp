@@ -100,7 +100,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
     problem.grad_alpha = wanted[5] ? data_of<Compute<S>>(grad_alpha) : nullptr;
     problem.grad_restart = grad_restart.numel() ? data_of<S>(grad_restart) : nullptr;
     problem.norms = wanted[7] ? data_of<Compute<S>>(norms) : nullptr;
-    cpu::kernels().of<S>().rnn_backward(problem, torch_threads());
+    backend_of<S>(x).rnn_backward(problem, x);
   });
   return gradients;
 }

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     problem.h = output_rows_of<S>(h);
     problem.h_n = data_of<S>(h_n);
     problem.f = output_rows_of<S>(f);
-    cpu::kernels().of<S>().rnn_forward(problem, torch_threads());
+    backend_of<S>(x).rnn_forward(problem, x);
   });
   return {h, h_n, f};
 }

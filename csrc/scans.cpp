@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
     problem.clip = clip.value_or(-1);
     problem.d0 = output_rows_of<S>(d0);
     problem.restart = keep ? data_of<S>(d_restart) : nullptr;
-    cpu::kernels().of<S>().adjoint_scan(problem, torch_threads());
+    backend_of<S>(g).adjoint_scan(problem, g);
   });
   return {d, d0, d_restart};
 }
@@ -91,7 +91,7 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
         scan_problem<S>(schedule, alpha_row, mask_rows, c_rows, gate_rows, weight_rows, q);
     problem.d0_in = rows_of<S>(q0_rows);
     problem.restart_in = rows_of<S>(restart_rows);
-    cpu::kernels().of<S>().tangent_scan(problem, torch_threads());
+    backend_of<S>(c).tangent_scan(problem, c);
   });
   return q;
 }

@@ -39,7 +39,7 @@ TORCH_BPTT_DEVICE void read_piece(unsigned char* to, const S* row, const S* mask
       value = row[k + e];
       if (mask) value = narrow<S>(widen(mask[k + e]) * widen(value));
     }
-    reinterpret_cast<S*>(to)[e] = value;
+    __builtin_memcpy(to + e * int(sizeof(S)), &value, sizeof(S));
   }
 }
 
@@ -195,7 +195,8 @@ class PlainProduct {
   template <int N>
   static TORCH_BPTT_DEVICE void read(C (&to)[N], const unsigned char* from) {
     const Words4 words = load16(from);
-    const S* elements = reinterpret_cast<const S*>(&words);
+    S elements[N];
+    __builtin_memcpy(elements, &words, sizeof(words));
     TORCH_BPTT_UNROLL
     for (int e = 0; e < N; ++e) to[e] = widen(elements[e]);
   }
