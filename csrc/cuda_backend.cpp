@@ -92,7 +92,8 @@ class Call {
   // The same as a matrix; copied where its rows are not one distance apart.
   template <class T>
   Tensor matrix_of(const Rows<T>& rows, int64_t features, int64_t begin, int64_t end) const {
-    return rows_of(rows, features, begin, end).reshape({-1, features});
+    return rows_of(rows, features, begin, end)
+        .reshape({host.offset(end) - host.offset(begin), features});
   }
   template <class T>
   Tensor matrix_of(const Rows<T>& rows, int64_t features) const {
@@ -181,8 +182,10 @@ class WeightGradient {
     first = false;
   }
   void finish() {
-    if (first) out.zero_();
-    else if (is_narrow(out)) out.copy_(sum);
+    if (first)
+      out.zero_();
+    else if (is_narrow(out))
+      out.copy_(sum);
   }
 
  private:
@@ -328,7 +331,7 @@ void gradient_of_x(const Call<S>& call, const BackwardProblem<S>& p, const Tenso
   const Tensor weight = call.over(p.weight_ih, {p.H, p.I});
   Tensor grad_x = call.rows_of(p.grad_x, p.I, 0, call.host.T);
   if (is_one_matrix(p.grad_x, call.host)) {
-    grad_x = grad_x.view({-1, p.I});
+    grad_x = grad_x.view({call.host.rows(), p.I});
     at::mm_out(grad_x, du, weight);
   } else {
     grad_x.copy_(at::mm(du, weight).view(grad_x.sizes()));
@@ -367,7 +370,7 @@ void rnn_backward(const BackwardProblem<S>& p, const Tensor& like) {
     gradient.add(du, call.matrix_of(p.x, p.I));
     gradient.finish();
   }
-  if (p.grad_bias) call.over(p.grad_bias, {p.H}).copy_(at::sum(du, {0}, false, call.computed.dtype().toScalarType()));
+  if (p.grad_bias) call.over(p.grad_bias, {p.H}).copy_(at::sum(du, {0}, false, type_of(kDtype<C>)));
   if (p.grad_alpha) {
     const Tensor sums = call.empty_computed({alpha_sum_parts(s), p.H});
     check(alpha_sums(forward_of(call, p), d.const_data_ptr<C>(), sums.data_ptr<C>(), call.stream));

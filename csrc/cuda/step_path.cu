@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
   let_next_kernel_start();
   unsigned char* const memory = shared_memory();
   auto* const rows = reinterpret_cast<Row<S>*>(memory + kTile.tile_bytes(sizeof(C)));
-  const int64_t unit0 = int64_t(block_index().x) * kTile.units,
-                row0 = int64_t(block_index().y) * kTile.rows;
+  const int64_t row0 = int64_t(block_index().x) * kTile.rows,
+                unit0 = int64_t(block_index().y) * kTile.units;
   const Step<S> step(loop, i);
   // Where the adjoint begins nothing comes back from later, and the product is not read.
   const bool multiplied = loop.pass != Pass::adjoint || i > 0;
@@ -293,8 +293,9 @@ template <class S, int TILE>
 Error run_tile(const Loop<S>& loop, Steps steps, void* stream) {
   constexpr StepTile kTile = kStepTiles[TILE];
   Launch how;
-  how.grid = {unsigned((loop.H + kTile.units - 1) / kTile.units),
-              unsigned((loop.schedule.B + kTile.rows - 1) / kTile.rows), 1};
+  // A grid may be wide but not high: more than a million rows are more likely than units.
+  how.grid = {unsigned((loop.schedule.B + kTile.rows - 1) / kTile.rows),
+              unsigned((loop.H + kTile.units - 1) / kTile.units), 1};
   how.threads = kTile.threads;
   how.shared_bytes = kTile.shared_bytes(sizeof(Compute<S>));
   how.stream = stream;
