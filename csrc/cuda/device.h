@@ -405,12 +405,12 @@ TORCH_BPTT_DEVICE void arrive_expecting(Mailbox* box, int bytes) {
                "r"(bytes)
                : "memory");
 }
-// Waits for the end of the phase of that parity (0 for the first). False: it took more than two
-// seconds, which only a fault explains.
-TORCH_BPTT_DEVICE bool wait_for_mail(Mailbox* box, unsigned parity) {
+// Waits for the end of the phase of that parity (0 for the first). Ten seconds are a fault, and end
+// the kernel with an error like an assertion: never a hang.
+TORCH_BPTT_DEVICE void wait_for_mail(Mailbox* box, unsigned parity) {
   const unsigned address = shared_address(box);
   uint64_t start = 0;
-  for (unsigned tries = 0;; ++tries) {
+  for (unsigned tries = 1;; ++tries) {
     unsigned done;
     asm volatile(
         "{\n.reg .pred p;\n"
@@ -419,9 +419,10 @@ TORCH_BPTT_DEVICE bool wait_for_mail(Mailbox* box, unsigned parity) {
         : "=r"(done)
         : "r"(address), "r"(parity)
         : "memory");
-    if (done) return true;
-    if (tries == 1000) start = nanoseconds();
-    if (tries > 1000 && tries % 1024 == 0 && nanoseconds() - start > 2000000000) return false;
+    if (done) return;
+    if (tries % 1024) continue;
+    if (start == 0) start = nanoseconds();
+    if (nanoseconds() - start > 10000000000) __trap();
   }
 }
 // Sends 16 (or 8, or 4) bytes into another block's shared memory, and tells its mailbox when they

@@ -309,9 +309,8 @@ inline void publish_mailboxes() {}
 inline void arrive_expecting(Mailbox* box, int bytes, Where where = Where::current()) {
   host::arrive_expecting(box, bytes, where);
 }
-inline bool wait_for_mail(Mailbox* box, unsigned parity, Where where = Where::current()) {
+inline void wait_for_mail(Mailbox* box, unsigned parity, Where where = Where::current()) {
   host::wait_for_mail(box, parity, where);
-  return true;
 }
 inline void send(Remote to, const Words4& value, Remote box, Where where = Where::current()) {
   host::send(to, &value, sizeof value, box, where);

@@ -182,7 +182,11 @@ struct Machine {
   std::vector<Block> blocks;  // of the running cluster
   Meeting cluster;
   std::vector<Thread*> ready;
-  size_t first_ready = 0;  // in fixed order, those before have gone
+  size_t first_ready = 0;       // in fixed order, those before have gone
+  std::vector<Thread*> asleep;  // ready as well; in random order only
+  const Block* sleeping_block = nullptr;
+  const Warp* sleeping_warp = nullptr;  // null: the whole block
+  uint64_t until_next_sleeper = 0;
   std::vector<Delivery> deliveries;
   std::unordered_map<const Mailbox*, std::vector<Thread*>> readers;
   Context outside;
@@ -235,18 +239,56 @@ void ready_now(Thread* thread) {
 
 void deliver(size_t i);
 
+// In random order a block or a warp oversleeps now and then, and its mail with it: for a random
+// time it goes on only where no other can. Otherwise all would advance at nearly the same pace.
+bool sleeps(const Thread* thread) {
+  const Machine& m = machine;
+  return thread->block == m.sleeping_block && (!m.sleeping_warp || thread->warp == m.sleeping_warp);
+}
+
+void choose_sleeper() {
+  Machine& m = machine;
+  if (m.until_next_sleeper-- > 0) return;
+  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(11));
+  m.sleeping_block = &m.blocks[m.draw(m.blocks.size())];
+  auto& warps = m.sleeping_block->warps;
+  m.sleeping_warp = m.draw(2) ? &warps[m.draw(warps.size())] : nullptr;
+  m.ready.insert(m.ready.end(), m.asleep.begin(), m.asleep.end());
+  m.asleep.clear();
+}
+
+Thread* random_thread() {
+  Machine& m = machine;
+  choose_sleeper();
+  if (!m.deliveries.empty() && m.draw(4) == 0) {
+    const size_t i = m.draw(m.deliveries.size());
+    if (m.deliveries[i].to.block != m.sleeping_block || m.sleeping_warp) deliver(i);
+  }
+  for (;;) {
+    while (!m.ready.empty()) {
+      std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
+      Thread* next = m.ready.back();
+      m.ready.pop_back();
+      if (!sleeps(next)) return next;
+      m.asleep.push_back(next);
+    }
+    if (!m.deliveries.empty() && (m.asleep.empty() || m.draw(2))) {
+      deliver(m.draw(m.deliveries.size()));
+    } else if (!m.asleep.empty()) {
+      std::swap(m.asleep[m.draw(m.asleep.size())], m.asleep.back());
+      Thread* next = m.asleep.back();
+      m.asleep.pop_back();
+      return next;
+    } else {
+      return nullptr;
+    }
+  }
+}
+
 // The fiber to go on with; null: none can.
 Thread* next_thread() {
   Machine& m = machine;
-  if (m.random) {
-    if (!m.deliveries.empty() && m.draw(4) == 0) deliver(m.draw(m.deliveries.size()));
-    while (m.ready.empty() && !m.deliveries.empty()) deliver(m.draw(m.deliveries.size()));
-    if (m.ready.empty()) return nullptr;
-    std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
-    Thread* next = m.ready.back();
-    m.ready.pop_back();
-    return next;
-  }
+  if (m.random) return random_thread();
   while (m.first_ready == m.ready.size()) {
     m.ready.clear();
     m.first_ready = 0;
@@ -353,6 +395,8 @@ void run_cluster(const Start& start, const unsigned (&first_block)[3]) {
   while (m.threads.size() < count) m.threads.push_back(std::make_unique<Thread>());
   m.ready.clear();
   m.first_ready = 0;
+  m.asleep.clear();
+  m.until_next_sleeper = 0;
   m.deliveries.clear();
   m.readers.clear();
   m.cluster = {};

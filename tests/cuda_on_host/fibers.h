@@ -3,11 +3,11 @@
 // cluster run together, clusters one after another.
 //
 // A fiber runs until it has to wait. Which one runs next is the order of arrival, or random where
-// TORCH_BPTT_SCHEDULE_SEED is set and not 0: then threads race as they may on a GPU, and what is
-// sent to another block comes late and in any order. Shared memory starts as NaN. What a GPU leaves
-// undefined ends in a Fault that says where: a deadlock and who waits for what, lanes of a warp
-// that part at a common operation, mail for a block that has ended, misaligned or foreign
-// addresses.
+// TORCH_BPTT_SCHEDULE_SEED is set and not 0: then threads race as they may on a GPU, some fall far
+// behind, and what is sent to another block comes late and in any order. Shared memory starts as
+// NaN. What a GPU leaves undefined ends in a Fault that says where: a deadlock and who waits for
+// what, lanes of a warp that part at a common operation, mail for a block that has ended,
+// misaligned or foreign addresses.
 //
 // It does not model the order in which other threads see plain writes to memory, nor the bits a GPU
 // drops in the sums of its matrix products.

@@ -1,0 +1,395 @@
+// A cluster of blocks for each few rows of the batch, which runs all steps: weights stay where they
+// are, in registers and shared memory, and at every step each block sends the new states of its
+// units into the shared memory of all blocks of its cluster, its own too. Clusters know nothing of
+// each other, so there is nothing to synchronise over the grid.
+//
+// The exchange. What enters step s (counted from the launch's first) lies in place s % 2 of every
+// block, and box s % 2 tells when all of it has come. Why two places and two boxes suffice:
+//
+//   (1) A block's wait for step s ends when the letters of all quads of all blocks have come. A
+//       thread sends its letters for s after the barrier of step s - 1, which all warps of its
+//       block pass after they have read place (s - 1) % 2. So when the wait for s ends anywhere,
+//       all blocks have read what entered s - 1.
+//   (2) Letters for s + 1 go to place (s + 1) % 2 = (s - 1) % 2. They are sent after the wait for
+//   s:
+//       by (1) nobody reads that place any more.
+//   (3) The sums of step s are written after the wait for s. The block's own letters for s were
+//       sent by the threads that read the sums of s - 1, after they had read them.
+//   (4) Box s % 2 is told at step s - 1 what to expect, by one thread that has passed the wait for
+//       s - 2, the end of the box's phase before. Letters for s may come earlier than that: the
+//       arrival that is missing keeps the phase open. They cannot come before the phase for s - 2
+//       has ended: they are sent after a wait for s - 1, hence after all senders of this block
+//       had passed the wait for s - 2.
+//   (5) No letters are sent for a step that is not run, and a block ends after its wait for the
+//       last one: no letter finds its receiver gone.
+//
+// In (1) every block has letters to send for every row that its cluster has, whether or not the row
+// exists at that step. tests/test_cuda_cluster.py runs this in random orders, and breaks it.
+#include "cluster_layout.h"
+#include "device.h"
+#include "paths.h"
+#include "step.h"
+
+namespace torch_bptt::cuda {
+
+namespace {
+
+#if TORCH_BPTT_HAS_CLUSTERS
+
+// How 16 units are multiplied with 8 rows. Either way a thread has 4 registers of each chunk of the
+// weight; register i begins with element `k` of unit `unit`.
+
+// Tensor cores. float is rounded to tf32, each weight and each state once.
+template <class S>
+class TensorProduct {
+ public:
+  static constexpr int kElements = 4 / sizeof(S);  // of a register
+  static TORCH_BPTT_DEVICE int unit(int lane, int, int i) { return lane / 4 + 8 * (i & 1); }
+  static TORCH_BPTT_DEVICE int k(int lane, int chunk, int i) {
+    return (chunk * 8 + lane % 4 + 4 * (i >> 1)) * kElements;
+  }
+  static TORCH_BPTT_DEVICE S rounded(S value) {
+    if constexpr (sizeof(S) == 4)
+      return as_float(to_tf32(value));
+    else
+      return value;
+  }
+
+  // Adds two chunks. `rows` is where the rows have them.
+  TORCH_BPTT_DEVICE void add(const uint32_t (&even)[4], const uint32_t (&odd)[4],
+                             const unsigned char* rows, int row_bytes, int lane) {
+    uint32_t b[4];
+    warp_load_matrices(b, rows + lane % 8 * row_bytes + lane / 8 * 16);
+    multiply(sums[0], even, {b[0], b[1]});
+    multiply(sums[1], odd, {b[2], b[3]});
+  }
+
+  TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
+    TORCH_BPTT_UNROLL
+    for (int i = 0; i < 4; ++i)
+      to[(2 * (lane % 4) + (i & 1)) * stride + lane / 4 + 8 * (i >> 1)] = sums[0][i] + sums[1][i];
+  }
+
+ private:
+  static TORCH_BPTT_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    if constexpr (sizeof(S) == 4)
+      warp_mma_tf32(sum, a, b);
+    else
+      warp_mma<S>(sum, a, b);
+  }
+
+  float sums[2][4] = {};  // of even chunks, of odd ones
+};
+
+// float in full. A thread has two units, 8 apart, and of every 16 k the 4 at 4 (lane % 4): one
+// unit's in even chunks, the other's in odd ones.
+class PlainProduct {
+ public:
+  static constexpr int kElements = 1;
+  static TORCH_BPTT_DEVICE int unit(int lane, int chunk, int) { return lane / 4 + 8 * (chunk & 1); }
+  static TORCH_BPTT_DEVICE int k(int lane, int chunk, int i) {
+    return chunk / 2 * 16 + lane % 4 * 4 + i;
+  }
+  static TORCH_BPTT_DEVICE float rounded(float value) { return value; }
+
+  TORCH_BPTT_DEVICE void add(const uint32_t (&low)[4], const uint32_t (&high)[4],
+                             const unsigned char* rows, int row_bytes, int lane) {
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < 8; ++r) {
+      const Words4 piece = load16(rows + r * row_bytes + lane % 4 * 16);
+      TORCH_BPTT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sums[r][0] += as_float(low[i]) * as_float(piece.word[i]);
+        sums[r][1] += as_float(high[i]) * as_float(piece.word[i]);
+      }
+    }
+  }
+
+  // The four lanes that share units add up: each hands over the rows that it does not keep, until
+  // it has two of eight.
+  TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
+    keep_half<4>(lane & 2);
+    keep_half<2>(lane & 1);
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      TORCH_BPTT_UNROLL
+      for (int u = 0; u < 2; ++u) to[(lane % 4 * 2 + r) * stride + lane / 4 + 8 * u] = sums[r][u];
+    }
+  }
+
+ private:
+  template <int ROWS>  // that are kept
+  TORCH_BPTT_DEVICE void keep_half(bool upper) {
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      TORCH_BPTT_UNROLL
+      for (int u = 0; u < 2; ++u) {
+        const float away = upper ? sums[r][u] : sums[r + ROWS][u];
+        const float kept = upper ? sums[r + ROWS][u] : sums[r][u];
+        sums[r][u] = kept + warp_shuffle_xor(away, ROWS / 2);
+      }
+    }
+  }
+
+  float sums[8][2] = {};
+};
+
+// ---- weights ------------------------------------------------------------------------------------
+
+template <class S, class Product>
+TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int64_t unit0, int lane, int chunk,
+                                           int i) {
+  const int64_t unit = unit0 + Product::unit(lane, chunk, i), k = Product::k(lane, chunk, i);
+  if (unit >= loop.H) return 0;
+  const S* from = loop.weight + unit * loop.H + k;
+  if constexpr (Product::kElements == 1) {
+    return k < loop.H ? as_bits(Product::rounded(*from)) : 0;
+  } else {
+    if (loop.H % 2 == 0) return k < loop.H ? *reinterpret_cast<const uint32_t*>(from) : 0;
+    const uint32_t low = k < loop.H ? from[0].bits : 0, high = k + 1 < loop.H ? from[1].bits : 0;
+    return low | high << 16;
+  }
+}
+
+// ---- states -------------------------------------------------------------------------------------
+
+// Element j of what enters a step, of a row that exists there. `fresh` is the state before it where
+// that has just been computed; `arriving` becomes what arrives, before the mask.
+template <class S, class Product>
+TORCH_BPTT_DEVICE S entering(const Arriving<S>& from, const S* mask, int64_t j, const S* fresh,
+                             Compute<S>* arriving) {
+  S p{};
+  if (from.carried && fresh)
+    p = *fresh;
+  else if (from.row)
+    p = from.row[j];
+  *arriving = widen(p);
+  if (mask) p = narrow<S>(widen(mask[j]) * widen(p));
+  return Product::rounded(p);
+}
+
+// A letter: four elements of a row.
+template <class S>
+struct alignas(4 * sizeof(S)) Letter {
+  S element[4];
+};
+template <class S>
+TORCH_BPTT_DEVICE void send_letter(Remote to, const Letter<S>& letter, Remote box) {
+  if constexpr (sizeof(S) == 4) {
+    send(to,
+         Words4{{as_bits(letter.element[0]), as_bits(letter.element[1]), as_bits(letter.element[2]),
+                 as_bits(letter.element[3])}},
+         box);
+  } else {
+    const uint32_t low = letter.element[0].bits | uint32_t(letter.element[1].bits) << 16,
+                   high = letter.element[2].bits | uint32_t(letter.element[3].bits) << 16;
+    send(to, low | uint64_t(high) << 32, box);
+  }
+}
+
+// ---- the loop -----------------------------------------------------------------------------------
+
+template <class S, class Product>
+__global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
+    cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
+                   const __grid_constant__ ClusterLayout layout) {
+  constexpr int kRegisterChunks = ClusterLayout::kRegisterChunks,
+                kUnrolled = ClusterLayout::kUnrolled, kQuads = ClusterLayout::kQuads;
+  unsigned char* const memory = shared_memory();
+  Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory);
+  float* const sums = reinterpret_cast<float*>(memory + layout.sums_at());
+  const auto place = [&](int64_t s) {
+    return memory + ClusterLayout::kPlaces + (s & 1) * layout.place_bytes();
+  };
+  const int thread = int(thread_index()), lane = thread % kWarp, warp = thread / kWarp;
+  const int blocks = layout.cluster, rank = int(cluster_rank());
+  const int tile = warp % layout.tiles(), part = warp / layout.tiles(), chunks = layout.chunks();
+  const int64_t unit0 = int64_t(rank) * layout.units();
+  const int64_t b0 = int64_t(block_index().x / blocks) * layout.rows;
+  const int rows = int(loop.schedule.B - b0 < layout.rows ? loop.schedule.B - b0 : layout.rows);
+
+  // Weights of this warp's units and part of the sum: in registers, the rest in shared memory.
+  uint32_t weight[kRegisterChunks][4];
+  TORCH_BPTT_UNROLL
+  for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
+    TORCH_BPTT_UNROLL
+    for (int i = 0; i < 4; ++i)
+      weight[chunk][i] = chunk < chunks ? weight_register<S, Product>(loop, unit0 + tile * 16, lane,
+                                                                      part * chunks + chunk, i)
+                                        : 0;
+  }
+  Words4* const more_weight = reinterpret_cast<Words4*>(memory + layout.weights_at()) +
+                              warp * layout.shared_chunks() * kWarp + lane;
+  for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
+    Words4 words;
+    TORCH_BPTT_UNROLL
+    for (int i = 0; i < 4; ++i)
+      words.word[i] =
+          weight_register<S, Product>(loop, unit0 + tile * 16, lane, part * chunks + chunk, i);
+    more_weight[(chunk - kRegisterChunks) * kWarp] = words;
+  }
+
+  // The quads that this thread finishes: four units of a row.
+  const auto quad_row = [&](int q) {
+    return (thread + q * int(block_threads())) / layout.row_quads();
+  };
+  const auto quad_unit = [&](int q) {
+    return (thread + q * int(block_threads())) % layout.row_quads() * 4;
+  };
+
+  // Zeros where no units and no rows are; then what enters the first step.
+  for (int at = thread * 16; at < 2 * layout.place_bytes(); at += int(block_threads()) * 16)
+    store16(place(0) + at, Words4{});
+  if (thread == 0) {
+    init_mailbox(&boxes[0], 1);
+    init_mailbox(&boxes[1], 1);
+    publish_mailboxes();
+  }
+  sync_block();
+  Compute<S> arriving[kQuads][4] = {};
+  {
+    const Step<S> first(loop, steps.begin);
+    for (int row = warp; row < rows; row += layout.warps()) {
+      if (b0 + row >= first.rows()) continue;
+      const Arriving<S> from = first.arriving(b0 + row);
+      const S* const mask = first.mask(b0 + row);
+      S* const to = reinterpret_cast<S*>(place(0) + row * layout.row_bytes());
+      Compute<S> unused;
+      for (int64_t j = lane; j < loop.H; j += kWarp)
+        to[j] = entering<S, Product>(from, mask, j, nullptr, &unused);
+    }
+    TORCH_BPTT_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      const int64_t b = b0 + quad_row(q), j = unit0 + quad_unit(q);
+      if (quad_row(q) >= rows || b >= first.rows()) continue;
+      const Arriving<S> from = first.arriving(b);
+      TORCH_BPTT_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (j + e < loop.H && from.row) arriving[q][e] = widen(from.row[j + e]);
+    }
+  }
+  sync_cluster();
+
+  for (int64_t i = steps.begin; i < steps.end; ++i) {
+    const int64_t s = i - steps.begin;
+    const bool last = i + 1 == steps.end;
+    const Step<S> step(loop, i), next(loop, last ? i : i + 1);
+
+    Inputs<S> inputs[kQuads][4] = {};
+    TORCH_BPTT_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      const int64_t b = b0 + quad_row(q), j = unit0 + quad_unit(q);
+      if (quad_row(q) >= rows || b >= step.rows()) continue;
+      TORCH_BPTT_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (j + e < loop.H) inputs[q][e] = step.inputs(b, j + e);
+    }
+
+    if (thread == 0 && !last)
+      arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units() * int(sizeof(S)));
+    if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
+
+    for (int row = 0; row < rows; row += ClusterLayout::kTileRows) {
+      const unsigned char* const from =
+          place(s) + row * layout.row_bytes() + part * chunks * ClusterLayout::kChunkBytes;
+      Product product;
+      TORCH_BPTT_UNROLL
+      for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
+        if (group >= chunks) break;
+        TORCH_BPTT_UNROLL
+        for (int chunk = group; chunk < group + kUnrolled; chunk += 2)
+          product.add(weight[chunk], weight[chunk + 1], from + chunk * ClusterLayout::kChunkBytes,
+                      layout.row_bytes(), lane);
+      }
+      for (int chunk = kRegisterChunks; chunk < chunks; chunk += 2) {
+        const Words4 even = more_weight[(chunk - kRegisterChunks) * kWarp],
+                     odd = more_weight[(chunk + 1 - kRegisterChunks) * kWarp];
+        product.add(even.word, odd.word, from + chunk * ClusterLayout::kChunkBytes,
+                    layout.row_bytes(), lane);
+      }
+      product.store(sums + part * layout.part_sums() + row * layout.sum_stride() + tile * 16,
+                    layout.sum_stride(), lane);
+    }
+    sync_block();
+
+    TORCH_BPTT_UNROLL
+    for (int q = 0; q < kQuads; ++q) {
+      const int row = quad_row(q), unit = quad_unit(q);
+      const int64_t b = b0 + row, j = unit0 + unit;
+      if (row >= rows) continue;
+      float sum[4] = {};
+      for (int p = 0; p < layout.parts(); ++p) {
+        const Words4 add = load16(sums + p * layout.part_sums() + row * layout.sum_stride() + unit);
+        TORCH_BPTT_UNROLL
+        for (int e = 0; e < 4; ++e) sum[e] += as_float(add.word[e]);
+      }
+      Letter<S> letter{};
+      TORCH_BPTT_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (b < step.rows() && j + e < loop.H)
+          letter.element[e] = step.finish(b, j + e, sum[e], arriving[q][e], inputs[q][e]);
+      if (last) continue;
+
+      if (b < next.rows()) {
+        const Arriving<S> from = next.arriving(b);
+        const S* const mask = next.mask(b);
+        TORCH_BPTT_UNROLL
+        for (int e = 0; e < 4; ++e)
+          if (j + e < loop.H)
+            letter.element[e] =
+                entering<S, Product>(from, mask, j + e, &letter.element[e], &arriving[q][e]);
+      }
+      unsigned char* const to = place(s + 1) + row * layout.row_bytes() + j * int(sizeof(S));
+      for (int block = 0; block < blocks; ++block) {
+        // Every block begins with another one, so that not all letters go the same way at once.
+        const unsigned peer =
+            unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
+        send_letter(in_block(peer, to), letter, in_block(peer, &boxes[(s + 1) & 1]));
+      }
+    }
+  }
+}
+
+#else
+
+template <class S>
+class TensorProduct;
+class PlainProduct;
+
+template <class S, class Product>
+__global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
+                               const __grid_constant__ ClusterLayout) {
+  __trap();  // no clusters before sm_90: the plan never comes here
+}
+
+#endif  // TORCH_BPTT_HAS_CLUSTERS
+
+template <class S, class Product>
+Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
+  const ClusterLayout layout{loop.H, sizeof(S), plan.cluster, plan.rows};
+  Launch how;
+  how.grid.x = unsigned(ClusterLayout::up(loop.schedule.B, plan.rows) / plan.rows * plan.cluster);
+  how.threads = layout.threads();
+  how.cluster = plan.cluster;
+  how.shared_bytes = layout.shared_bytes();
+  how.stream = stream;
+  const auto kernel = cluster_kernel<S, Product>;
+  if (Error error = prepare(kernel, how)) return error;
+  return launch(kernel, how, loop, steps, layout);
+}
+
+}  // namespace
+
+template <class S>
+Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
+  if (plan.units == Units::tensor) return run<S, TensorProduct<S>>(loop, steps, plan, stream);
+  if constexpr (std::is_same_v<S, float>) return run<S, PlainProduct>(loop, steps, plan, stream);
+  return "the plan asks for a product that was not compiled";
+}
+
+template Error run_cluster_path(const Loop<float>&, Steps, const Plan&, void*);
+template Error run_cluster_path(const Loop<bfloat16>&, Steps, const Plan&, void*);
+template Error run_cluster_path(const Loop<float16>&, Steps, const Plan&, void*);
+
+}  // namespace torch_bptt::cuda
