@@ -80,7 +80,7 @@ extern "C" const char* run_float16(const Call* call) { return run<float16>(*call
 // {threads, parts, chunks, shared_bytes, fits}
 extern "C" void layout(int64_t H, int size, int cluster, int rows, int64_t available,
                        int64_t* out) {
-  const ClusterLayout l{H, size, cluster, rows};
-  out[0] = l.threads(), out[1] = l.parts(), out[2] = l.chunks(), out[3] = l.shared_bytes();
+  const ClusterLayout l(H, size, cluster, rows);
+  out[0] = l.threads, out[1] = l.parts, out[2] = l.chunks, out[3] = l.shared_bytes;
   out[4] = l.fits(available);
 }
