@@ -64,6 +64,7 @@ def library(folder, fibers, cluster_path=None):
     loaded = ctypes.CDLL(compiled(shared, *include, "-shared", HOST / "cluster_loop.cpp", fibers))
     for name in ("run_float", "run_bfloat16", "run_float16"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.plan.restype = ctypes.c_bool
     return loaded
 
 
@@ -300,10 +301,7 @@ def test_tangent_of_integers_is_exact(loops, kind, T, B, H, cluster, rows):
 )
 def test_weights_beyond_the_registers(loops, kind, H, cluster):
     dtype, tensor = KINDS[kind]
-    figures = (ctypes.c_int64 * 5)()
-    size = 2 if dtype == "bfloat16" else 4
-    loops.layout(ctypes.c_int64(H), size, cluster, 8, ctypes.c_int64(SHARED_BYTES), figures)
-    chunks, fits = figures[2], figures[4]
+    _, chunks, _, fits = layout(loops, H, 2 if dtype == "bfloat16" else 4, cluster, 8)
     assert chunks > 32  # ClusterLayout::kRegisterChunks
     assert fits
     random = np.random.default_rng(3)
@@ -315,6 +313,45 @@ def test_weights_beyond_the_registers(loops, kind, H, cluster):
         cluster=cluster, wanted=("state", "h_n"),
     )  # fmt: skip
     assert np.array_equal(result["state"], expected["state"])
+
+
+def layout(loops, H, size, cluster, rows):
+    """threads, chunks, bytes of shared memory, whether it fits"""
+    figures = (ctypes.c_int64 * 4)()
+    loops.layout(ctypes.c_int64(H), size, cluster, rows, ctypes.c_int64(SHARED_BYTES), figures)
+    return tuple(figures)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+def plan(loops, dtype, B, H, *, tf32=False, largest_cluster=16):
+    """cluster, rows, blocks, threads, bytes; None where this path cannot do it"""
+    figures = (ctypes.c_int64 * 5)()
+    index = ["float32", "float64", "bfloat16", "float16"].index(dtype)
+    sizes = map(ctypes.c_int64, (B, H))
+    found = loops.plan(largest_cluster, index, tf32, *sizes, figures)
+    return tuple(figures) if found else None
+
+
+@pytest.mark.parametrize("H", [17, 64, 100, 256, 257, 512, 768, 1000, 1024])
+@pytest.mark.parametrize("B", [1, 8, 33, 128, 1000])
+def test_a_plan_covers_units_and_rows_and_fits(loops, B, H):
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        for tf32 in (False, True):
+            found = plan(loops, dtype, B, H, tf32=tf32)
+            cluster, rows, blocks, threads, shared = found
+            planned_threads, _, planned_shared, fits = layout(loops, H, size, cluster, rows)
+            assert fits
+            assert (threads, shared) == (planned_threads, planned_shared)
+            assert blocks // cluster * rows >= B > (blocks // cluster - 1) * rows
+
+
+def test_what_has_no_plan(loops):
+    assert plan(loops, "float64", 8, 64) is None
+    assert plan(loops, "bfloat16", 8, 64, largest_cluster=0) is None  # before sm_90
+    assert plan(loops, "bfloat16", 8, 2048) is None  # 8 MB of weights
+    assert plan(loops, "bfloat16", 8, 1024, largest_cluster=8)[0] == 8
 
 
 # ---- every option -------------------------------------------------------------------------------
@@ -458,7 +495,7 @@ def test_states_arrive_in_any_order(loops, cluster):
 # Each breaks one step of the argument at the head of cluster_path.cu.
 BROKEN = {
     "one place": ("kPlaces + (s & 1) *", "kPlaces + 0 * (s & 1) *"),
-    "no barrier before the sums are read": ("    sync_block();\n\n    TORCH_BPTT_UNROLL", "\n"),
+    "no barrier before the sums are read": ("sync_block();\n\n    if (!mine)", "if (!mine)"),
     "no wait": ("if (s > 0) wait_for_mail", "if (s < 0) wait_for_mail"),
     "no meeting before the first letter": ("  sync_cluster();\n", "  sync_block();\n"),
 }

@@ -4,80 +4,61 @@
 
 #include <cstdint>
 
-#include "../core/activations.h"
-
 namespace torch_bptt::cuda {
 
-// Block r of a cluster of C owns `units` of the H units, from r units on, and keeps their rows of
-// the weight from the first step to the last. It computes them for `rows` rows of the batch. Its
-// warps are cut by units, 16 to a tile, and by parts of the sum. The sum over K runs in chunks of
-// 32 bytes, two at a time; a chunk of 16 units is 512 bytes of weight, 16 for each thread of a
-// warp.
+// Block r of a cluster owns `units` of the H units, from r units on, and keeps their rows of the
+// weight from the first step to the last. It computes them for `rows` rows of the batch. Its warps
+// are cut by units, 16 to a tile, and by parts of the sum, so that each has a tile and a part. The
+// sum runs in chunks of 32 bytes of a row, two at a time; of the weight, a chunk of 16 units is 512
+// bytes, 16 for each thread of a warp.
 struct ClusterLayout {
   static constexpr int kTileUnits = 16, kTileRows = 8, kChunkBytes = 32, kWeightBytes = 512;
   static constexpr int kMaxThreads = 256;
-  static constexpr int kRegisterChunks = 32;  // of each warp's weights: 128 registers
+  static constexpr int kRegisterChunks = 32;  // of each warp's weight: 128 registers
   static constexpr int kUnrolled = 4;         // chunks between two looks at their number
-  static constexpr int kQuads = 2;            // four units of a row that a thread finishes, at most
+  static constexpr int kQuad = 4;             // each thread finishes so many units of a row
+  static constexpr int kPlaces = 128;         // where they begin; before them, two mailboxes
 
-  int64_t H;
-  int size;     // of an element
-  int cluster;  // blocks, C
-  int rows;     // of the batch, a multiple of 8
+  int cluster, rows;
+  int units, tiles, parts, threads;
+  int chunks;         // of a part of the sum
+  int shared_chunks;  // of them, those beyond kRegisterChunks, which are read from shared memory
+  int row_bytes, place_bytes;  // of what enters the product, a row of the batch after the other
+  int sum_stride, part_sums, sums;  // sums of a part, [row][unit], in floats; where they begin
+  int weights;                      // where those in shared memory begin
+  int64_t shared_bytes;
 
-  TORCH_BPTT_INLINE static constexpr int64_t up(int64_t value, int64_t multiple) {
+  static constexpr int64_t up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
   }
 
-  TORCH_BPTT_INLINE constexpr int units() const {
-    return int(up((H + cluster - 1) / cluster, kTileUnits));
-  }
-  TORCH_BPTT_INLINE constexpr int tiles() const { return units() / kTileUnits; }
-  TORCH_BPTT_INLINE constexpr int parts() const {
-    const int warps = kMaxThreads / 32 / tiles();
-    return warps > 1 ? warps : 1;
-  }
-  TORCH_BPTT_INLINE constexpr int warps() const { return tiles() * parts(); }
-  TORCH_BPTT_INLINE constexpr int threads() const { return warps() * 32; }
-
-  // Chunks of a part of the sum; those beyond kRegisterChunks are read from shared memory.
-  TORCH_BPTT_INLINE constexpr int chunks() const {
+  // `size` of an element; `rows` is a multiple of 8.
+  constexpr ClusterLayout(int64_t H, int size, int cluster, int rows)
+      : cluster(cluster), rows(rows) {
+    units = int(up((H + cluster - 1) / cluster, kTileUnits));
+    tiles = units / kTileUnits;
+    parts = kMaxThreads / 32 / tiles;
+    if (parts < 1) parts = 1;
+    threads = tiles * parts * 32;
     const int64_t all = (H * size + kChunkBytes - 1) / kChunkBytes;
-    return int(up((all + parts() - 1) / parts(), kUnrolled));
-  }
-  TORCH_BPTT_INLINE constexpr int shared_chunks() const {
-    return chunks() > kRegisterChunks ? chunks() - kRegisterChunks : 0;
-  }
-
-  // What enters the product, a row of the batch after the other: room for the chunks of all parts
-  // and for the units of all blocks. 16 bytes more than a multiple of 128, so that eight rows lie
-  // in different banks.
-  TORCH_BPTT_INLINE constexpr int row_bytes() const {
-    const int read = parts() * chunks() * kChunkBytes, written = cluster * units() * size;
-    return int(up(read > written ? read : written, 128)) + 16;
-  }
-  TORCH_BPTT_INLINE constexpr int place_bytes() const { return rows * row_bytes(); }
-
-  // Sums of a part, [row][unit]; 4 more than a multiple of 16, for the banks again.
-  TORCH_BPTT_INLINE constexpr int sum_stride() const { return units() + 4; }
-  TORCH_BPTT_INLINE constexpr int part_sums() const { return rows * sum_stride(); }
-
-  // Shared memory: two mailboxes, two places for what enters, the sums, weights.
-  static constexpr int kPlaces = 128;
-  TORCH_BPTT_INLINE constexpr int sums_at() const { return kPlaces + 2 * place_bytes(); }
-  TORCH_BPTT_INLINE constexpr int weights_at() const {
-    return int(up(sums_at() + parts() * part_sums() * 4, 128));
-  }
-  TORCH_BPTT_INLINE constexpr int64_t shared_bytes() const {
-    return weights_at() + int64_t(warps()) * shared_chunks() * kWeightBytes;
+    chunks = int(up((all + parts - 1) / parts, kUnrolled));
+    shared_chunks = chunks > kRegisterChunks ? chunks - kRegisterChunks : 0;
+    // Room for the chunks of all parts and for the units of all blocks. 16 bytes more than a
+    // multiple of 128, so that eight rows lie in different banks.
+    const int read = parts * chunks * kChunkBytes, written = cluster * units * size;
+    row_bytes = int(up(read > written ? read : written, 128)) + 16;
+    place_bytes = rows * row_bytes;
+    sum_stride = units + 4;  // for the banks again
+    part_sums = rows * sum_stride;
+    sums = kPlaces + 2 * place_bytes;
+    weights = int(up(sums + parts * part_sums * 4, 128));
+    shared_bytes = weights + int64_t(tiles) * parts * shared_chunks * kWeightBytes;
   }
 
-  // What a thread finishes: four units of a row at a time.
-  TORCH_BPTT_INLINE constexpr int row_quads() const { return units() / 4; }
-
-  TORCH_BPTT_INLINE constexpr bool fits(int64_t available_bytes) const {
-    return units() * 2 <= kMaxThreads && rows * row_quads() <= kQuads * threads() &&
-           shared_bytes() <= available_bytes;
+  // Whether a block can do it, with so much shared memory.
+  constexpr bool fits(int64_t available_bytes) const {
+    return threads <= kMaxThreads && rows * units <= kQuad * threads &&
+           shared_bytes <= available_bytes;
   }
 };
 

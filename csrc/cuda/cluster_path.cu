@@ -137,53 +137,65 @@ class PlainProduct {
 
 // ---- weights ------------------------------------------------------------------------------------
 
+// Register i of a chunk for the 16 units from `unit0` on. int suffices: the weight has to fit into
+// a cluster.
 template <class S, class Product>
-TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int64_t unit0, int lane, int chunk,
+TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int unit0, int lane, int chunk,
                                            int i) {
-  const int64_t unit = unit0 + Product::unit(lane, chunk, i), k = Product::k(lane, chunk, i);
-  if (unit >= loop.H) return 0;
-  const S* from = loop.weight + unit * loop.H + k;
+  const int H = int(loop.H), unit = unit0 + Product::unit(lane, chunk, i),
+            k = Product::k(lane, chunk, i);
+  if (unit >= H || k >= H) return 0;
+  const S* from = loop.weight + (unit * H + k);
   if constexpr (Product::kElements == 1) {
-    return k < loop.H ? as_bits(Product::rounded(*from)) : 0;
+    return as_bits(Product::rounded(*from));
   } else {
-    if (loop.H % 2 == 0) return k < loop.H ? *reinterpret_cast<const uint32_t*>(from) : 0;
-    const uint32_t low = k < loop.H ? from[0].bits : 0, high = k + 1 < loop.H ? from[1].bits : 0;
-    return low | high << 16;
+    if (H % 2 == 0) return load4(from);
+    return from[0].bits | (k + 1 < H ? uint32_t(from[1].bits) << 16 : 0);
   }
 }
 
 // ---- states -------------------------------------------------------------------------------------
 
-// Element j of what enters a step, of a row that exists there. `fresh` is the state before it where
-// that has just been computed; `arriving` becomes what arrives, before the mask.
-template <class S, class Product>
-TORCH_BPTT_DEVICE S entering(const Arriving<S>& from, const S* mask, int64_t j, const S* fresh,
-                             Compute<S>* arriving) {
-  S p{};
-  if (from.carried && fresh)
-    p = *fresh;
-  else if (from.row)
-    p = from.row[j];
-  *arriving = widen(p);
-  if (mask) p = narrow<S>(widen(mask[j]) * widen(p));
-  return Product::rounded(p);
+constexpr int kQuad = ClusterLayout::kQuad;
+
+// Elements [j, j + N) of what arrives at a step, of a row that exists there. `fresh` is the state
+// before it where that has just been computed.
+template <int N, class S>
+TORCH_BPTT_DEVICE Elements<S, N> arriving_elements(const Arriving<S>& from, int64_t j, int count,
+                                                   const Elements<S, N>* fresh) {
+  if (from.carried && fresh) return *fresh;
+  Elements<S, N> p{};
+  if (from.row) for_elements<N>(count, [&](int e) { p[e] = from.row[j + e]; });
+  return p;
 }
 
-// A letter: four elements of a row.
+template <int N, class S>
+TORCH_BPTT_DEVICE Elements<Compute<S>, N> widened(const Elements<S, N>& values) {
+  Elements<Compute<S>, N> wide;
+  for_elements<N>(N, [&](int e) { wide[e] = widen(values[e]); });
+  return wide;
+}
+
+// The same as it enters the product.
+template <class Product, int N, class S>
+TORCH_BPTT_DEVICE Elements<S, N> entering_elements(Elements<S, N> p, const S* mask, int64_t j,
+                                                   int count) {
+  if (mask)
+    for_elements<N>(count, [&](int e) { p[e] = narrow<S>(widen(mask[j + e]) * widen(p[e])); });
+  for_elements<N>(N, [&](int e) { p[e] = Product::rounded(p[e]); });
+  return p;
+}
+
+// A letter: a quad of a row.
 template <class S>
-struct alignas(4 * sizeof(S)) Letter {
-  S element[4];
-};
-template <class S>
-TORCH_BPTT_DEVICE void send_letter(Remote to, const Letter<S>& letter, Remote box) {
+TORCH_BPTT_DEVICE void send_letter(Remote to, const Elements<S, kQuad>& letter, Remote box) {
   if constexpr (sizeof(S) == 4) {
     send(to,
-         Words4{{as_bits(letter.element[0]), as_bits(letter.element[1]), as_bits(letter.element[2]),
-                 as_bits(letter.element[3])}},
+         Words4{{as_bits(letter[0]), as_bits(letter[1]), as_bits(letter[2]), as_bits(letter[3])}},
          box);
   } else {
-    const uint32_t low = letter.element[0].bits | uint32_t(letter.element[1].bits) << 16,
-                   high = letter.element[2].bits | uint32_t(letter.element[3].bits) << 16;
+    const uint32_t low = letter[0].bits | uint32_t(letter[1].bits) << 16,
+                   high = letter[2].bits | uint32_t(letter[3].bits) << 16;
     send(to, low | uint64_t(high) << 32, box);
   }
 }
@@ -194,18 +206,19 @@ template <class S, class Product>
 __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                    const __grid_constant__ ClusterLayout layout) {
+  using C = Compute<S>;
   constexpr int kRegisterChunks = ClusterLayout::kRegisterChunks,
-                kUnrolled = ClusterLayout::kUnrolled, kQuads = ClusterLayout::kQuads;
+                kUnrolled = ClusterLayout::kUnrolled;
   unsigned char* const memory = shared_memory();
   Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory);
-  float* const sums = reinterpret_cast<float*>(memory + layout.sums_at());
+  float* const sums = reinterpret_cast<float*>(memory + layout.sums);
   const auto place = [&](int64_t s) {
-    return memory + ClusterLayout::kPlaces + (s & 1) * layout.place_bytes();
+    return memory + ClusterLayout::kPlaces + (s & 1) * layout.place_bytes;
   };
   const int thread = int(thread_index()), lane = thread % kWarp, warp = thread / kWarp;
   const int blocks = layout.cluster, rank = int(cluster_rank());
-  const int tile = warp % layout.tiles(), part = warp / layout.tiles(), chunks = layout.chunks();
-  const int64_t unit0 = int64_t(rank) * layout.units();
+  const int tile = warp % layout.tiles, part = warp / layout.tiles, chunks = layout.chunks;
+  const int unit0 = rank * layout.units;
   const int64_t b0 = int64_t(block_index().x / blocks) * layout.rows;
   const int rows = int(loop.schedule.B - b0 < layout.rows ? loop.schedule.B - b0 : layout.rows);
 
@@ -213,14 +226,15 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
   uint32_t weight[kRegisterChunks][4];
   TORCH_BPTT_UNROLL
   for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
+    if (chunk % 8 == 0) keep_order();
     TORCH_BPTT_UNROLL
     for (int i = 0; i < 4; ++i)
       weight[chunk][i] = chunk < chunks ? weight_register<S, Product>(loop, unit0 + tile * 16, lane,
                                                                       part * chunks + chunk, i)
                                         : 0;
   }
-  Words4* const more_weight = reinterpret_cast<Words4*>(memory + layout.weights_at()) +
-                              warp * layout.shared_chunks() * kWarp + lane;
+  Words4* const more_weight = reinterpret_cast<Words4*>(memory + layout.weights) +
+                              warp * layout.shared_chunks * kWarp + lane;
   for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
     Words4 words;
     TORCH_BPTT_UNROLL
@@ -230,16 +244,14 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     more_weight[(chunk - kRegisterChunks) * kWarp] = words;
   }
 
-  // The quads that this thread finishes: four units of a row.
-  const auto quad_row = [&](int q) {
-    return (thread + q * int(block_threads())) / layout.row_quads();
-  };
-  const auto quad_unit = [&](int q) {
-    return (thread + q * int(block_threads())) % layout.row_quads() * 4;
-  };
+  // The quad that this thread finishes, and how many of its elements there are.
+  const int row = thread * kQuad / layout.units, unit = thread * kQuad % layout.units;
+  const int64_t b = b0 + row, j = unit0 + unit;
+  const bool mine = row < rows;
+  const int count = int(loop.H - j < 0 ? 0 : loop.H - j < kQuad ? loop.H - j : kQuad);
 
   // Zeros where no units and no rows are; then what enters the first step.
-  for (int at = thread * 16; at < 2 * layout.place_bytes(); at += int(block_threads()) * 16)
+  for (int at = thread * 16; at < 2 * layout.place_bytes; at += int(block_threads()) * 16)
     store16(place(0) + at, Words4{});
   if (thread == 0) {
     init_mailbox(&boxes[0], 1);
@@ -247,27 +259,20 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     publish_mailboxes();
   }
   sync_block();
-  Compute<S> arriving[kQuads][4] = {};
+  Elements<C, kQuad> arriving{};  // with alpha the quad needs it besides the product
   {
     const Step<S> first(loop, steps.begin);
-    for (int row = warp; row < rows; row += layout.warps()) {
-      if (b0 + row >= first.rows()) continue;
-      const Arriving<S> from = first.arriving(b0 + row);
-      const S* const mask = first.mask(b0 + row);
-      S* const to = reinterpret_cast<S*>(place(0) + row * layout.row_bytes());
-      Compute<S> unused;
-      for (int64_t j = lane; j < loop.H; j += kWarp)
-        to[j] = entering<S, Product>(from, mask, j, nullptr, &unused);
+    for (int r = warp; r < rows; r += int(block_threads()) / kWarp) {
+      if (b0 + r >= first.rows()) continue;
+      const Arriving<S> from = first.arriving(b0 + r);
+      const S* const mask = first.mask(b0 + r);
+      S* const to = reinterpret_cast<S*>(place(0) + r * layout.row_bytes);
+      for (int64_t k = lane; k < loop.H; k += kWarp)
+        to[k] =
+            entering_elements<Product>(arriving_elements<1, S>(from, k, 1, nullptr), mask, k, 1)[0];
     }
-    TORCH_BPTT_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      const int64_t b = b0 + quad_row(q), j = unit0 + quad_unit(q);
-      if (quad_row(q) >= rows || b >= first.rows()) continue;
-      const Arriving<S> from = first.arriving(b);
-      TORCH_BPTT_UNROLL
-      for (int e = 0; e < 4; ++e)
-        if (j + e < loop.H && from.row) arriving[q][e] = widen(from.row[j + e]);
-    }
+    if (loop.alpha && mine && b < first.rows())
+      arriving = widened(arriving_elements<kQuad, S>(first.arriving(b), j, count, nullptr));
   }
   sync_cluster();
 
@@ -276,23 +281,16 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     const bool last = i + 1 == steps.end;
     const Step<S> step(loop, i), next(loop, last ? i : i + 1);
 
-    Inputs<S> inputs[kQuads][4] = {};
-    TORCH_BPTT_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      const int64_t b = b0 + quad_row(q), j = unit0 + quad_unit(q);
-      if (quad_row(q) >= rows || b >= step.rows()) continue;
-      TORCH_BPTT_UNROLL
-      for (int e = 0; e < 4; ++e)
-        if (j + e < loop.H) inputs[q][e] = step.inputs(b, j + e);
-    }
-
+    Inputs<S, kQuad> inputs;
+    if (mine && b < step.rows()) inputs = step.template inputs<kQuad>(b, j, count);
     if (thread == 0 && !last)
-      arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units() * int(sizeof(S)));
+      arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
+    warp_sync();  // lanes may have waited differently long, and what follows is of whole warps
 
-    for (int row = 0; row < rows; row += ClusterLayout::kTileRows) {
+    for (int r = 0; r < rows; r += ClusterLayout::kTileRows) {
       const unsigned char* const from =
-          place(s) + row * layout.row_bytes() + part * chunks * ClusterLayout::kChunkBytes;
+          place(s) + r * layout.row_bytes + part * chunks * ClusterLayout::kChunkBytes;
       Product product;
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
@@ -300,53 +298,42 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
         TORCH_BPTT_UNROLL
         for (int chunk = group; chunk < group + kUnrolled; chunk += 2)
           product.add(weight[chunk], weight[chunk + 1], from + chunk * ClusterLayout::kChunkBytes,
-                      layout.row_bytes(), lane);
+                      layout.row_bytes, lane);
       }
+      TORCH_BPTT_UNROLL_LITTLE
       for (int chunk = kRegisterChunks; chunk < chunks; chunk += 2) {
         const Words4 even = more_weight[(chunk - kRegisterChunks) * kWarp],
                      odd = more_weight[(chunk + 1 - kRegisterChunks) * kWarp];
         product.add(even.word, odd.word, from + chunk * ClusterLayout::kChunkBytes,
-                    layout.row_bytes(), lane);
+                    layout.row_bytes, lane);
       }
-      product.store(sums + part * layout.part_sums() + row * layout.sum_stride() + tile * 16,
-                    layout.sum_stride(), lane);
+      product.store(sums + part * layout.part_sums + r * layout.sum_stride + tile * 16,
+                    layout.sum_stride, lane);
     }
     sync_block();
 
-    TORCH_BPTT_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      const int row = quad_row(q), unit = quad_unit(q);
-      const int64_t b = b0 + row, j = unit0 + unit;
-      if (row >= rows) continue;
-      float sum[4] = {};
-      for (int p = 0; p < layout.parts(); ++p) {
-        const Words4 add = load16(sums + p * layout.part_sums() + row * layout.sum_stride() + unit);
-        TORCH_BPTT_UNROLL
-        for (int e = 0; e < 4; ++e) sum[e] += as_float(add.word[e]);
-      }
-      Letter<S> letter{};
-      TORCH_BPTT_UNROLL
-      for (int e = 0; e < 4; ++e)
-        if (b < step.rows() && j + e < loop.H)
-          letter.element[e] = step.finish(b, j + e, sum[e], arriving[q][e], inputs[q][e]);
-      if (last) continue;
+    if (!mine) continue;
+    Elements<C, kQuad> sum{};
+    TORCH_BPTT_UNROLL_LITTLE
+    for (int p = 0; p < layout.parts; ++p) {
+      const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
+      for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
+    }
+    Elements<S, kQuad> state{};
+    if (b < step.rows()) state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+    if (last) continue;
 
-      if (b < next.rows()) {
-        const Arriving<S> from = next.arriving(b);
-        const S* const mask = next.mask(b);
-        TORCH_BPTT_UNROLL
-        for (int e = 0; e < 4; ++e)
-          if (j + e < loop.H)
-            letter.element[e] =
-                entering<S, Product>(from, mask, j + e, &letter.element[e], &arriving[q][e]);
-      }
-      unsigned char* const to = place(s + 1) + row * layout.row_bytes() + j * int(sizeof(S));
-      for (int block = 0; block < blocks; ++block) {
-        // Every block begins with another one, so that not all letters go the same way at once.
-        const unsigned peer =
-            unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
-        send_letter(in_block(peer, to), letter, in_block(peer, &boxes[(s + 1) & 1]));
-      }
+    Elements<S, kQuad> letter{};
+    if (b < next.rows()) {
+      state = arriving_elements(next.arriving(b), j, count, &state);
+      arriving = widened(state);
+      letter = entering_elements<Product>(state, next.mask(b), j, count);
+    }
+    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j * int64_t(sizeof(S));
+    for (int block = 0; block < blocks; ++block) {
+      // Every block begins with another one, so that not all letters go the same way at once.
+      const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
+      send_letter(in_block(peer, to), letter, in_block(peer, &boxes[(s + 1) & 1]));
     }
   }
 }
@@ -367,12 +354,12 @@ __global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_con
 
 template <class S, class Product>
 Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
-  const ClusterLayout layout{loop.H, sizeof(S), plan.cluster, plan.rows};
+  const ClusterLayout layout(loop.H, sizeof(S), plan.cluster, plan.rows);
   Launch how;
   how.grid.x = unsigned(ClusterLayout::up(loop.schedule.B, plan.rows) / plan.rows * plan.cluster);
-  how.threads = layout.threads();
+  how.threads = layout.threads;
   how.cluster = plan.cluster;
-  how.shared_bytes = layout.shared_bytes();
+  how.shared_bytes = layout.shared_bytes;
   how.stream = stream;
   const auto kernel = cluster_kernel<S, Product>;
   if (Error error = prepare(kernel, how)) return error;

@@ -54,6 +54,7 @@ constexpr int kWarp = 32;
 
 #define TORCH_BPTT_DEVICE __device__ __forceinline__
 #define TORCH_BPTT_UNROLL _Pragma("unroll")
+#define TORCH_BPTT_UNROLL_LITTLE _Pragma("unroll 2")  // where all would take too many registers
 
 namespace torch_bptt::cuda {
 
@@ -212,6 +213,7 @@ TORCH_BPTT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value);
 
 // ---- memory -------------------------------------------------------------------------------------
 
+TORCH_BPTT_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
 TORCH_BPTT_DEVICE Words4 load16(const void* from) { return *static_cast<const Words4*>(from); }
 TORCH_BPTT_DEVICE void store16(void* to, const Words4& value) { *static_cast<Words4*>(to) = value; }
 
@@ -256,6 +258,10 @@ TORCH_BPTT_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
+
+// The compiler moves no read across: it has no more of them, and of registers for them, under way
+// than lie between two of these.
+TORCH_BPTT_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // Leaves a code where the host finds it; the first one stays.
 TORCH_BPTT_DEVICE void report(int* error_word, int code) { atomicCAS(error_word, 0, code); }

@@ -95,6 +95,7 @@ struct Plan {
   int64_t blocks = 0;    // of a launch
   int threads = 0;       // of a block
   int64_t shared_bytes = 0;
+  double step_ns = 0;  // estimated time of a step
 };
 
 // The fastest path that can do it; false where none can.
@@ -102,5 +103,6 @@ bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan);
 // One path; false where it cannot do it.
 bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
 
 }  // namespace torch_bptt::cuda

@@ -8,11 +8,35 @@
 
 namespace torch_bptt::cuda {
 
-// What an element needs besides the product; it can be read before the product is there.
-template <class S>
+// N elements of a row that follow each other. Of the last ones of a row only `count` exist.
+template <class V, int N>
+struct Elements {
+  V of[N];
+  TORCH_BPTT_DEVICE V& operator[](int e) { return of[e]; }
+  TORCH_BPTT_DEVICE const V& operator[](int e) const { return of[e]; }
+};
+template <int N, class Body>
+TORCH_BPTT_DEVICE void for_elements(int count, Body body) {
+  TORCH_BPTT_UNROLL
+  for (int e = 0; e < N; ++e)
+    if (N == 1 || e < count) body(e);
+}
+template <int N, class S>
+TORCH_BPTT_DEVICE Elements<Compute<S>, N> read_elements(const S* from, int count) {
+  Elements<Compute<S>, N> values{};
+  for_elements<N>(count, [&](int e) { values[e] = widen(from[e]); });
+  return values;
+}
+template <class S, class C, int N>
+TORCH_BPTT_DEVICE void write_elements(S* to, const Elements<C, N>& values, int count) {
+  for_elements<N>(count, [&](int e) { to[e] = narrow<S>(values[e]); });
+}
+
+// What elements need besides the product; it can be read before the product is there.
+template <class S, int N>
 struct Inputs {
-  Compute<S> added;  // forward: c + bias + noise; adjoint: g + g_n; tangent: g
-  Compute<S> gate;   // adjoint, tangent
+  Elements<Compute<S>, N> added{};  // forward: c + bias + noise; adjoint: g + g_n; tangent: g
+  Elements<Compute<S>, N> gate{};   // adjoint, tangent
 };
 
 // The state that arrives at a row.
@@ -64,97 +88,167 @@ class Step {
     return l.pass == Pass::adjoint ? nullptr : given(l.mask, b);
   }
 
-  TORCH_BPTT_DEVICE Inputs<S> inputs(int64_t b, int64_t j) const {
+  // Elements [j, j + N) of row b, of which `count` exist. All N go the same way through every
+  // option, so that they overlap.
+  template <int N>
+  TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count) const {
     const Schedule& s = l.schedule;
-    Inputs<S> in{0, 0};
+    Inputs<S, N> in;
     if (b >= existing) return in;
+    const auto add = [&](const auto* from) {
+      for_elements<N>(count, [&](int e) { in.added[e] += widen(from[e]); });
+    };
     if (l.pass == Pass::forward) {
-      if (l.bias[0]) in.added += widen(l.bias[0][j]);
-      if (l.bias[1]) in.added += widen(l.bias[1][j]);
-      if (l.noise.data) in.added += widen(s.row(l.noise, t, b)[j]);
-      in.added += l.c[(s.offset(t) + b - l.c_first) * l.H + j];
+      if (l.bias[0]) add(l.bias[0] + j);
+      if (l.bias[1]) add(l.bias[1] + j);
+      if (l.noise.data) add(s.row(l.noise, t, b) + j);
+      add(l.c + (s.offset(t) + b - l.c_first) * l.H + j);
       return in;
     }
-    if (l.g.data) in.added = widen(s.row(l.g, t, b)[j]);
-    if (l.g_n.data && b >= received) in.added += widen(l.g_n.data[b * l.g_n.row + j]);
-    in.gate = widen(s.row(l.gate, t, b)[j]);
+    if (l.g.data) add(s.row(l.g, t, b) + j);
+    if (l.g_n.data && b >= received) add(l.g_n.data + b * l.g_n.row + j);
+    in.gate = read_elements<N>(s.row(l.gate, t, b) + j, count);
     return in;
   }
 
-  // The product of row b and column j becomes the new state, which is written and returned.
-  // `arriving` is this element of arriving(b), read with alpha alone, and not in the adjoint.
-  TORCH_BPTT_DEVICE S finish(int64_t b, int64_t j, C product, C arriving, Inputs<S> in) const {
-    if (l.pass == Pass::forward) return finish_forward(b, j, product, arriving, in);
-    if (l.pass == Pass::tangent) return finish_tangent(b, j, product, arriving, in);
-    return b < existing ? finish_adjoint(b, j, product, in) : finish_before_first(b, j, product);
+  // The product becomes the new state, which is written and returned. `arriving` are these elements
+  // of arriving(b), read with alpha alone, and not in the adjoint.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> finish(int64_t b, int64_t j, int count,
+                                          const Elements<C, N>& product,
+                                          const Elements<C, N>& arriving,
+                                          const Inputs<S, N>& in) const {
+    if (l.pass == Pass::forward) return finish_forward(b, j, count, product, arriving, in);
+    if (l.pass == Pass::tangent) return finish_tangent(b, j, count, product, arriving, in);
+    if (b < existing) return finish_adjoint(b, j, count, product, in);
+    finish_before_first(b, j, count, product);
+    return {};
   }
 
  private:
-  TORCH_BPTT_DEVICE S finish_forward(int64_t b, int64_t j, C product, C arriving,
-                                     Inputs<S> in) const {
-    const Schedule& s = l.schedule;
-    C h = activate(l.activation, in.added + product);
-    if (l.alpha) {
-      s.row(l.f, t, b)[j] = narrow<S>(h);
-      h = leak(l.alpha[j], arriving, h);
-    }
-    const S stored = narrow<S>(h);
-    s.row(l.state, t, b)[j] = stored;
-    if (b >= handed_on) l.h_n[b * l.H + j] = stored;
-    return stored;
+  template <int N>
+  static TORCH_BPTT_DEVICE Elements<S, N> stored(const Elements<C, N>& values) {
+    Elements<S, N> rounded;
+    for_elements<N>(N, [&](int e) { rounded[e] = narrow<S>(values[e]); });
+    return rounded;
+  }
+  template <int N>
+  static TORCH_BPTT_DEVICE void copy(S* to, const Elements<S, N>& values, int count) {
+    for_elements<N>(count, [&](int e) { to[e] = values[e]; });
   }
 
-  TORCH_BPTT_DEVICE S finish_tangent(int64_t b, int64_t j, C product, C arriving,
-                                     Inputs<S> in) const {
-    C q = in.gate * product;
-    if (l.alpha) q += (1 - l.alpha[j]) * arriving;
-    const S stored = narrow<S>(q + in.added);
-    l.schedule.row(l.state, t, b)[j] = stored;
-    return stored;
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> finish_forward(int64_t b, int64_t j, int count,
+                                                  const Elements<C, N>& product,
+                                                  const Elements<C, N>& arriving,
+                                                  const Inputs<S, N>& in) const {
+    const Schedule& s = l.schedule;
+    Elements<C, N> h;
+    for_elements<N>(N, [&](int e) { h[e] = in.added[e] + product[e]; });
+    switch (l.activation) {
+#define TORCH_BPTT_ENTRY(name, type)                                                   \
+  case Activation::name:                                                               \
+    for_elements<N>(N, [&](int e) { h[e] = type::template value<DeviceMath>(h[e]); }); \
+    break;
+      TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
+    }
+    if (l.alpha) {
+      write_elements(s.row(l.f, t, b) + j, h, count);
+      for_elements<N>(count, [&](int e) { h[e] = leak(l.alpha[j + e], arriving[e], h[e]); });
+    }
+    const Elements<S, N> state = stored(h);
+    copy(s.row(l.state, t, b) + j, state, count);
+    if (b >= handed_on) copy(l.h_n + b * l.H + j, state, count);
+    return state;
+  }
+
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> finish_tangent(int64_t b, int64_t j, int count,
+                                                  const Elements<C, N>& product,
+                                                  const Elements<C, N>& arriving,
+                                                  const Inputs<S, N>& in) const {
+    Elements<C, N> q;
+    for_elements<N>(N, [&](int e) { q[e] = in.gate[e] * product[e]; });
+    if (l.alpha) for_elements<N>(count, [&](int e) { q[e] += (1 - l.alpha[j + e]) * arriving[e]; });
+    for_elements<N>(N, [&](int e) { q[e] += in.added[e]; });
+    const Elements<S, N> state = stored(q);
+    copy(l.schedule.row(l.state, t, b) + j, state, count);
+    return state;
   }
 
   // What goes back over a link: (1 - alpha) d_{t+1} + m (du_{t+1} W_hh).
-  TORCH_BPTT_DEVICE C going_back(int64_t b, int64_t j, C product, bool linked) const {
-    if (l.mask.data) product *= widen(l.mask.data[b * l.mask.row + j]);
-    if (l.alpha && linked) product += (1 - l.alpha[j]) * l.carried[b * l.H + j];
-    return product;
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<C, N> going_back(int64_t b, int64_t j, int count,
+                                              const Elements<C, N>& product, bool linked) const {
+    Elements<C, N> d = product;
+    if (l.mask.data) {
+      const S* const mask = l.mask.data + b * l.mask.row + j;
+      for_elements<N>(count, [&](int e) { d[e] *= widen(mask[e]); });
+    }
+    if (l.alpha && linked) {
+      const C* const next = l.carried + b * l.H + j;
+      for_elements<N>(count, [&](int e) { d[e] += (1 - l.alpha[j + e]) * next[e]; });
+    }
+    return d;
   }
 
-  TORCH_BPTT_DEVICE S finish_adjoint(int64_t b, int64_t j, C product, Inputs<S> in) const {
+  template <int N>
+  TORCH_BPTT_DEVICE void add_restart(int64_t b, int64_t j, int count,
+                                     const Elements<C, N>& d) const {
+    C* const sum = l.restart_sum + b * l.H + j;
+    for_elements<N>(count, [&](int e) { sum[e] += d[e]; });
+  }
+
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> finish_adjoint(int64_t b, int64_t j, int count,
+                                                  const Elements<C, N>& product,
+                                                  const Inputs<S, N>& in) const {
     const Schedule& s = l.schedule;
-    C d = 0;
+    Elements<C, N> d{};
     if (b < received) {
       const bool restarts = l.restart_sum && !s.kept(from, b);
-      d = going_back(b, j, product, restarts || s.linked(from, b));
+      d = going_back(b, j, count, product, restarts || s.linked(from, b));
       if (restarts) {
-        l.restart_sum[b * l.H + j] += d;
-        d = 0;
+        add_restart(b, j, count, d);
+        d = {};
       }
     }
-    d += in.added;
-    if (l.clip >= 0) d = clamp(d, C(l.clip));
-    if (l.d_exact.data) s.row(l.d_exact, t, b)[j] = d;
-    if (l.d.data) s.row(l.d, t, b)[j] = narrow<S>(d);
-    C gate = in.gate;
-    if (!l.gate_given) gate = slope(l.activation, gate);
-    if (l.alpha) {
-      l.carried[b * l.H + j] = d;
-      if (!l.gate_given) gate *= l.alpha[j];
+    for_elements<N>(N, [&](int e) { d[e] += in.added[e]; });
+    if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], C(l.clip)); });
+    if (l.d_exact.data) write_elements(s.row(l.d_exact, t, b) + j, d, count);
+    if (l.d.data) write_elements(s.row(l.d, t, b) + j, d, count);
+    Elements<C, N> gate = in.gate;
+    if (!l.gate_given) {
+      switch (l.activation) {
+#define TORCH_BPTT_ENTRY(name, type)                                    \
+  case Activation::name:                                                \
+    for_elements<N>(N, [&](int e) { gate[e] = type::slope(gate[e]); }); \
+    break;
+        TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
+      }
     }
-    const S stored = narrow<S>(gate * d);
-    s.row(l.state, t, b)[j] = stored;
-    return stored;
+    if (l.alpha) {
+      write_elements(l.carried + b * l.H + j, d, count);
+      if (!l.gate_given) for_elements<N>(count, [&](int e) { gate[e] *= l.alpha[j + e]; });
+    }
+    for_elements<N>(N, [&](int e) { d[e] *= gate[e]; });
+    const Elements<S, N> state = stored(d);
+    copy(s.row(l.state, t, b) + j, state, count);
+    return state;
   }
 
   // d before the row's first step: without g and without the clamp.
-  TORCH_BPTT_DEVICE S finish_before_first(int64_t b, int64_t j, C product) const {
-    C d = going_back(b, j, product, true);
+  template <int N>
+  TORCH_BPTT_DEVICE void finish_before_first(int64_t b, int64_t j, int count,
+                                             const Elements<C, N>& product) const {
+    Elements<C, N> d = going_back(b, j, count, product, true);
     if (!l.schedule.kept(from, b)) {
-      if (l.restart_sum) l.restart_sum[b * l.H + j] += d;
-      d = 0;
+      if (l.restart_sum) add_restart(b, j, count, d);
+      d = {};
     }
-    if (l.d0.data) l.d0.data[b * l.d0.row + j] = narrow<S>(d);
-    return S{};
+    if (l.d0.data) write_elements(l.d0.data + b * l.d0.row + j, d, count);
   }
 
   TORCH_BPTT_DEVICE static const S* given(const Rows<const S>& state, int64_t b) {

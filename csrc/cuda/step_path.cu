@@ -85,8 +85,8 @@ class TensorProduct {
   }
 
   TORCH_BPTT_DEVICE void add(const unsigned char* stage) {
-    const unsigned char* weight = stage + (unit + lane % 16) * kTile.row_bytes() +
-                                  group * kTile.group_bytes + lane / 16 * 16;
+    const unsigned char* weight =
+        stage + (unit + lane % 16) * kTile.row_bytes() + group * kTile.group_bytes + lane / 16 * 16;
     const unsigned char* rows = stage +
                                 (kTile.units + row + lane % 8 + lane / 16 * 8) * kTile.row_bytes() +
                                 group * kTile.group_bytes + lane / 8 % 2 * 16;
@@ -163,7 +163,8 @@ class PlainProduct {
       C weight[4][kElements], rows[4][kElements];
       TORCH_BPTT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        read(weight[i], stage + (unit + i * kAcross) * kTile.row_bytes() + group * kTile.group_bytes + k);
+        read(weight[i],
+             stage + (unit + i * kAcross) * kTile.row_bytes() + group * kTile.group_bytes + k);
         read(rows[i], stage + (kTile.units + row + i * kDown) * kTile.row_bytes() +
                           group * kTile.group_bytes + k);
       }
@@ -226,7 +227,8 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
   // Where the adjoint begins nothing comes back from later, and the product is not read.
   const bool multiplied = loop.pass != Pass::adjoint || i > 0;
   const int64_t blocks =
-      multiplied ? (loop.H * int64_t(sizeof(S)) + kTile.block_bytes() - 1) / kTile.block_bytes() : 0;
+      multiplied ? (loop.H * int64_t(sizeof(S)) + kTile.block_bytes() - 1) / kTile.block_bytes()
+                 : 0;
   const auto stage_of = [&](int64_t block) {
     return memory + block % kTile.stages * kTile.stage_bytes();
   };
@@ -270,11 +272,11 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
     const int row = element / kTile.units, unit = element % kTile.units;
     const int64_t b = row0 + row, j = unit0 + unit;
     if (b >= step.rows() || j >= loop.H) continue;
-    C sum = 0;
+    Elements<C, 1> sum{}, arriving{};
     for (int group = 0; group < kTile.groups; ++group)
-      sum += sums[(group * kTile.rows + row) * kTile.sum_stride() + unit];
-    const S* const arriving = loop.alpha ? rows[row].entering : nullptr;
-    step.finish(b, j, sum, arriving ? widen(arriving[j]) : C(0), step.inputs(b, j));
+      sum[0] += sums[(group * kTile.rows + row) * kTile.sum_stride() + unit];
+    if (loop.alpha && rows[row].entering) arriving[0] = widen(rows[row].entering[j]);
+    step.template finish<1>(b, j, 1, sum, arriving, step.template inputs<1>(b, j, 1));
   }
 }
 

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "cuda/cluster_path.cu"
+#include "cuda/cluster_plan.cpp"
 #include "cuda_on_host/fibers.h"
 
 using namespace torch_bptt;
@@ -77,10 +78,25 @@ extern "C" const char* run_float(const Call* call) { return run<float>(*call); }
 extern "C" const char* run_bfloat16(const Call* call) { return run<bfloat16>(*call); }
 extern "C" const char* run_float16(const Call* call) { return run<float16>(*call); }
 
-// {threads, parts, chunks, shared_bytes, fits}
+// {threads, chunks, shared_bytes, fits}
 extern "C" void layout(int64_t H, int size, int cluster, int rows, int64_t available,
                        int64_t* out) {
-  const ClusterLayout l{H, size, cluster, rows};
-  out[0] = l.threads(), out[1] = l.parts(), out[2] = l.chunks(), out[3] = l.shared_bytes();
-  out[4] = l.fits(available);
+  const ClusterLayout l(H, size, cluster, rows);
+  out[0] = l.threads, out[1] = l.chunks, out[2] = l.shared_bytes, out[3] = l.fits(available);
+}
+
+// {cluster, rows, blocks, threads, shared_bytes}; false: not on this path.
+extern "C" bool plan(int largest_cluster, int dtype, bool tf32, int64_t B, int64_t H,
+                     int64_t* out) {
+  Task task;
+  task.dtype = Dtype(dtype);
+  task.tf32 = tf32;
+  task.T = 1;
+  task.B = B;
+  task.H = H;
+  Plan found;
+  if (!plan_cluster({90, 132, 227 * 1024, largest_cluster}, task, &found)) return false;
+  out[0] = found.cluster, out[1] = found.rows, out[2] = found.blocks, out[3] = found.threads;
+  out[4] = found.shared_bytes;
+  return true;
 }

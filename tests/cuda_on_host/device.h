@@ -15,6 +15,7 @@
 #define __grid_constant__
 #define TORCH_BPTT_DEVICE inline
 #define TORCH_BPTT_UNROLL
+#define TORCH_BPTT_UNROLL_LITTLE
 #define TORCH_BPTT_HAS_CLUSTERS 1
 
 namespace torch_bptt::cuda {
@@ -184,6 +185,12 @@ inline uint32_t to_tf32(float value) {  // to nearest, ties away from zero
 
 // ---- memory -------------------------------------------------------------------------------------
 
+inline uint32_t load4(const void* from, Where where = Where::current()) {
+  host::check_aligned(from, 4, where);
+  uint32_t value;
+  std::memcpy(&value, from, 4);
+  return value;
+}
 inline Words4 load16(const void* from, Where where = Where::current()) {
   host::check_aligned(from, 16, where);
   Words4 value;
@@ -205,6 +212,7 @@ template <int PENDING>
 void wait_copies() {
   host::wait_copies(PENDING);
 }
+inline void keep_order() {}
 inline void report(int* error_word, int code) {
   if (*error_word == 0) *error_word = code;
 }
