@@ -4,10 +4,10 @@ Environment variables:
     DEBUG=1                                 no optimisation, debug symbols, assertions on
     TORCH_BPTT_SANITIZE=address,undefined   instrument with these sanitizers (`make sanitize`)
     TORCH_BPTT_WERROR=1                     our own warnings are errors (what CI does)
-    TORCH_BPTT_CUDA=0|1                     without CUDA kernels; or only with them. If it is not set,
-                                            they are built where torch has CUDA and nvcc is found
-    TORCH_BPTT_CUDA_ON_HOST=1               the CUDA kernels as C++, for tests (`make test-cuda-on-host`)
-    TORCH_CUDA_ARCH_LIST                    what CUDA kernels are compiled for: 9.0a is quick to build
+    TORCH_BPTT_CUDA=0|1                     without CUDA kernels; or only with them. Not set, they
+                                            are built where torch has CUDA and nvcc is found
+    TORCH_BPTT_CUDA_ON_HOST=1               the CUDA kernels as C++ (`make test-cuda-on-host`)
+    TORCH_CUDA_ARCH_LIST                    what CUDA kernels are compiled for; 9.0a builds fast
     CXX, CUDA_HOME, MAX_JOBS                the compilers; how many files are compiled at once
 
 There is no -march here on purpose: one binary carries every instruction set, each source in
@@ -45,7 +45,12 @@ if wish == "1" and not possible:
 cuda = possible and wish != "0" and not on_host
 
 # sm_90a for the H100 and H200; the last one is code that newer devices compile for themselves.
-architectures = ["compute_75,sm_75", "compute_80,sm_80", "compute_90a,sm_90a", "compute_90,compute_90"]
+architectures = [
+    "compute_75,sm_75",
+    "compute_80,sm_80",
+    "compute_90a,sm_90a",
+    "compute_90,compute_90",
+]
 chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # torch makes flags of it
 device_flags = [
     "-std=c++20",
@@ -55,13 +60,13 @@ device_flags = [
     *(
         []
         if chosen
-        else [f"-gencode=arch={a},code={c}" for a, c in (x.split(",") for x in architectures)]
+        else [f"-gencode=arch={arch},code={code}" for code, arch in ARCHITECTURES.items()]
     ),
 ]
 built_with_cuda = (
     "on the host, for tests"
     if on_host
-    else f"{torch.version.cuda}: {chosen or ' '.join(x.split(',')[1] for x in architectures)}"
+    else f"{torch.version.cuda}: {chosen or ' '.join(ARCHITECTURES)}"
     if cuda
     else "no"
 )
@@ -115,7 +120,9 @@ extension = (CUDAExtension if cuda else CppExtension)(
     "torch_bptt._C",
     sources=sorted(sources),
     depends=sorted(
-        name for pattern in ("csrc/**/*.h", "csrc/**/*.cu") for name in glob(pattern, recursive=True)
+        name
+        for pattern in ("csrc/**/*.h", "csrc/**/*.cu")
+        for name in glob(pattern, recursive=True)
     ),
     # As system headers torch's own warnings do not count, so that -Werror means ours.
     extra_compile_args={

@@ -12,6 +12,7 @@
 
 #include "core/activations.h"
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "operators.h"
 
 // Nothing is keyword-only, as each keyword of a call from Python costs 0.4 us.
@@ -95,6 +96,49 @@ std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
 
 }  // namespace torch_bptt
 
+namespace {
+
+// What would run where, for those who want to know or to test it: no device is asked.
+std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int64_t, int>& device,
+                                                  const std::string& operation,
+                                                  const std::string& dtype, int64_t T, int64_t B,
+                                                  int64_t H, bool tf32,
+                                                  const std::optional<std::string>& path) {
+  using namespace torch_bptt::cuda;
+  const auto find = [](const char* what, const std::string& name, const auto& names) {
+    int i = 0;
+    for (const char* known : names) {
+      if (name == known) return i;
+      ++i;
+    }
+    throw pybind11::value_error(std::string("cuda_plan: ") + what + " is unknown, got " + name);
+  };
+  const auto [capability, multiprocessors, shared_bytes, largest_cluster] = device;
+  const DeviceFacts facts{capability, multiprocessors, shared_bytes, largest_cluster};
+  Task task;
+  task.pass = Pass(find("operation", operation, kPassNames));
+  task.dtype = Dtype(find("dtype", dtype, kDtypeNames));
+  task.T = T;
+  task.B = B;
+  task.H = H;
+  task.tf32 = tf32;
+  std::optional<Path> wish;
+  if (path) wish = Path(find("path", *path, kPathNames));
+  Plan plan;
+  if (!plan_loop(facts, task, &plan, wish ? &*wish : nullptr))
+    throw pybind11::value_error("cuda_plan: no path can do this");
+  return {{"path", pybind11::str(kPathNames[int(plan.path)])},
+          {"tensor_cores", pybind11::bool_(plan.units == Units::tensor)},
+          {"rows", pybind11::int_(plan.rows)},
+          {"cluster", pybind11::int_(plan.cluster)},
+          {"blocks", pybind11::int_(plan.blocks)},
+          {"threads", pybind11::int_(plan.threads)},
+          {"shared_bytes", pybind11::int_(plan.shared_bytes)},
+          {"estimated_step_ns", pybind11::float_(plan.step_ns)}};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   namespace cpu = torch_bptt::cpu;
   m.doc() = "Operators torch.ops.torch_bptt.* and facts about their build.";
@@ -114,6 +158,9 @@ PYBIND11_MODULE(_C, m) {
       throw pybind11::value_error(
           "set_isa: name must be an instruction set of this machine (isas()), got " + name);
   });
+  m.def("cuda_plan", cuda_plan, pybind11::arg("device"), pybind11::arg("operation"),
+        pybind11::arg("dtype"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"),
+        pybind11::arg("tf32") = false, pybind11::arg("path") = std::nullopt);
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"build", TORCH_BPTT_BUILD},

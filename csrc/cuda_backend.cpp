@@ -136,8 +136,9 @@ class Call {
     task.tf32 = tf32;
     Plan plan;
     const DeviceFacts& facts = facts_of(stored.device());
-    TORCH_CHECK(plan_loop(facts, task, &plan, wished_path()), "torch_bptt: no kernel for a device of capability ",
-                facts.capability, " with ", facts.shared_bytes, " bytes of shared memory");
+    TORCH_CHECK(plan_loop(facts, task, &plan, wished_path()),
+                "torch_bptt: no kernel for a device of capability ", facts.capability, " with ",
+                facts.shared_bytes, " bytes of shared memory");
     switch (plan.path) {
       case Path::step:
         return check(run_step_path(loop, steps, plan, stream));
@@ -254,8 +255,7 @@ void rnn_forward(const ForwardProblem<S>& p, const Tensor& like) {
       const auto rows = [&] { return s.offset(last()) - s.offset(first()); };
       do ++steps.end;
       while (steps.end < s.T && rows() + s.rows_at(s.step(steps.end)) <= most_rows);
-      if (!drive.defined() || drive.size(0) < rows())
-        drive = call.empty_computed({rows(), p.H});
+      if (!drive.defined() || drive.size(0) < rows()) drive = call.empty_computed({rows(), p.H});
       Tensor part = drive.narrow(0, 0, rows());
       multiply_exactly(part, call.matrix_of(p.x, p.I, first(), last()), weight_ih);
       loop.c = part.data_ptr<C>();
@@ -276,8 +276,8 @@ class RestartSum {
   RestartSum(const Call<S>& call, S* out) {
     if (!out) return;
     output = call.over(out, {call.host.B, call.H});
-    sum = std::is_same_v<S, Compute<S>> ? output.zero_()
-                                        : call.zeros_computed({call.host.B, call.H});
+    sum =
+        std::is_same_v<S, Compute<S>> ? output.zero_() : call.zeros_computed({call.host.B, call.H});
   }
   Compute<S>* data() const { return sum.defined() ? sum.template data_ptr<Compute<S>>() : nullptr; }
   void finish() {
@@ -335,9 +335,9 @@ void gradient_of_weight_hh(const Call<S>& call, const BackwardProblem<S>& p, con
   } else {
     const int64_t links = (s.T - 1) * s.B, first = s.reverse ? links : 0;
     if (links > 0)
-      gradient.add(du.narrow(0, s.reverse ? 0 : s.B, links),
-                   s.reverse ? call.matrix_of(p.h, p.H, 1, s.T)
-                             : call.matrix_of(p.h, p.H, 0, s.T - 1));
+      gradient.add(
+          du.narrow(0, s.reverse ? 0 : s.B, links),
+          s.reverse ? call.matrix_of(p.h, p.H, 1, s.T) : call.matrix_of(p.h, p.H, 0, s.T - 1));
     if (p.h0.data)
       gradient.add(du.narrow(0, first, s.B), call.over(p.h0.data, {s.B, p.H}, {p.h0.row, 1}));
   }
@@ -431,10 +431,10 @@ void tangent_scan(const ScanProblem<S>& p, const Tensor& like) {
   call.run(loop);
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                                        \
-  template void rnn_forward(const ForwardProblem<S>&, const Tensor&);    \
-  template void rnn_backward(const BackwardProblem<S>&, const Tensor&);  \
-  template void adjoint_scan(const ScanProblem<S>&, const Tensor&);      \
+#define TORCH_BPTT_FOR_STORAGE(S)                                       \
+  template void rnn_forward(const ForwardProblem<S>&, const Tensor&);   \
+  template void rnn_backward(const BackwardProblem<S>&, const Tensor&); \
+  template void adjoint_scan(const ScanProblem<S>&, const Tensor&);     \
   template void tangent_scan(const ScanProblem<S>&, const Tensor&);
 TORCH_BPTT_FOR_STORAGE(float)
 TORCH_BPTT_FOR_STORAGE(double)

@@ -59,7 +59,9 @@ struct Schedule {
 
   TORCH_BPTT_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
   TORCH_BPTT_INLINE int64_t rows() const { return offset(T); }
-  TORCH_BPTT_INLINE int64_t rows_at(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  TORCH_BPTT_INLINE int64_t rows_at(int64_t t) const {
+    return offsets ? offsets[t + 1] - offsets[t] : B;
+  }
   TORCH_BPTT_INLINE int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
 
   // Steps in processing order: i = 0 is the first one processed.

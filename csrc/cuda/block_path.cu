@@ -15,8 +15,8 @@ constexpr int kUnits = 4;  // of a row, that a thread finishes together
 
 // ---- products: the weight in registers, times a place -------------------------------------------
 //
-// A place has ROWS rows of WIDTH elements, WIDTH >= H, behind H zeros. A thread has kGroups results,
-// each of kUnits units of a row.
+// A place has ROWS rows of WIDTH elements, WIDTH >= H, behind H zeros. A thread has kGroups
+// results, each of kUnits units of a row.
 
 template <class S, int WIDTH>
 constexpr int kRowBytes = WIDTH * int(sizeof(S)) + 16;  // eight rows lie in different banks
@@ -121,8 +121,8 @@ class TensorBlock {
       __builtin_memcpy(elements, __builtin_assume_aligned(from, 4), 4);
     else
       TORCH_BPTT_UNROLL
-      for (int e = 0; e < kElements; ++e)
-        if (j < loop.H && k + e < loop.H) elements[e] = from[e];
+    for (int e = 0; e < kElements; ++e)
+      if (j < loop.H && k + e < loop.H) elements[e] = from[e];
     elements[0] = rounded(elements[0]);
     uint32_t bits;
     __builtin_memcpy(&bits, elements, 4);
@@ -163,8 +163,7 @@ class PlainBlock {
       C sums[kUnits] = {};
       TORCH_BPTT_UNROLL
       for (int piece = 0; piece < kTerms / kVector; ++piece) {
-        const Words4 words =
-            load16(place + r * kRowBytes<S, WIDTH> + (piece * kParts + part) * 16);
+        const Words4 words = load16(place + r * kRowBytes<S, WIDTH> + (piece * kParts + part) * 16);
         S elements[kVector];
         __builtin_memcpy(elements, &words, sizeof(words));
         TORCH_BPTT_UNROLL

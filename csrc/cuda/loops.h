@@ -16,6 +16,7 @@
 
 namespace torch_bptt::cuda {
 
+constexpr const char* kPassNames[] = {"forward", "adjoint", "tangent"};
 enum class Pass : int { forward, adjoint, tangent };
 
 template <class S>
@@ -46,12 +47,12 @@ struct Loop {
   Rows<const S> g_n;      // adjoint: the gradient of h_n
 
   // Written. What is null is not wanted, but for `state`, and `carried` where alpha is given.
-  Rows<S> state;    // every row of every step
-  Rows<S> f;        // forward with alpha: f(z)
-  S* h_n{};         // forward (B, H): the state after each row's last step
-  Rows<S> d;        // adjoint: d_t
-  Rows<C> d_exact;  // adjoint: d_t in the type it is computed in
-  Rows<S> d0;       // adjoint (B, H): d before each row's first step
+  Rows<S> state;     // every row of every step
+  Rows<S> f;         // forward with alpha: f(z)
+  S* h_n{};          // forward (B, H): the state after each row's last step
+  Rows<S> d;         // adjoint: d_t
+  Rows<C> d_exact;   // adjoint: d_t in the type it is computed in
+  Rows<S> d0;        // adjoint (B, H): d before each row's first step
   C* restart_sum{};  // adjoint (B, H), zeros at the start: the sum of what leaves at restarts
   C* carried{};      // adjoint with alpha (B, H): d of the step at hand
 

@@ -11,12 +11,13 @@ namespace torch_bptt::cuda {
 
 // What the plan asks of a device.
 struct DeviceFacts {
-  int capability = 0;       // 90 for compute capability 9.0
+  int capability = 0;  // 90 for compute capability 9.0
   int multiprocessors = 0;
   int64_t shared_bytes = 0;  // of one block at most
   int largest_cluster = 0;   // blocks of a cluster at most; 0: no clusters
 };
 
+constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 template <class S>
 constexpr Dtype kDtype{};
@@ -51,7 +52,7 @@ struct Task {
   Pass pass{};
   Dtype dtype{};
   int64_t T = 0, B = 0, H = 0;
-  bool tf32 = false;     // products of float32 may round their factors to tf32
+  bool tf32 = false;  // products of float32 may round their factors to tf32
 };
 
 // The tile of the product that a block of path `step` computes.
@@ -69,13 +70,17 @@ struct StepTile {
   TORCH_BPTT_INLINE constexpr int stage_bytes() const { return (units + rows) * row_bytes(); }
   // The sums of the groups, in the place of the stages.
   TORCH_BPTT_INLINE constexpr int sum_stride() const { return units + 4; }
-  TORCH_BPTT_INLINE constexpr int sums_bytes(int size) const { return groups * rows * sum_stride() * size; }
+  TORCH_BPTT_INLINE constexpr int sums_bytes(int size) const {
+    return groups * rows * sum_stride() * size;
+  }
   TORCH_BPTT_INLINE constexpr int tile_bytes(int size) const {
     const int reads = stages * stage_bytes(), sums = sums_bytes(size);
     return reads > sums ? reads : sums;
   }
   // And the pointers of rows and masks.
-  TORCH_BPTT_INLINE constexpr int shared_bytes(int size) const { return tile_bytes(size) + rows * 16; }
+  TORCH_BPTT_INLINE constexpr int shared_bytes(int size) const {
+    return tile_bytes(size) + rows * 16;
+  }
 };
 
 enum StepTileIndex : int { kTensorSmall, kTensorMedium, kTensorLarge, kPlainSmall, kPlainLarge };
@@ -88,11 +93,11 @@ constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
 struct Plan {
   Path path{};
   Units units{};
-  int tile = 0;          // step: which of kStepTiles
-  int rows = 0;          // block, cluster: rows of the batch that go together
-  int cluster = 1;       // blocks of a cluster
-  int64_t blocks = 0;    // of a launch
-  int threads = 0;       // of a block
+  int tile = 0;        // step: which of kStepTiles
+  int rows = 0;        // block, cluster: rows of the batch that go together
+  int cluster = 1;     // blocks of a cluster
+  int64_t blocks = 0;  // of a launch
+  int threads = 0;     // of a block
   int64_t shared_bytes = 0;
   double step_ns = 0;  // estimated time of a step
 };

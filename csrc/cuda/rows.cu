@@ -117,9 +117,7 @@ Error entering_rows(const Loop<S>& loop, S* to, void* stream) {
   return launch(entering_rows_kernel<S>, how, loop, to);
 }
 
-int64_t alpha_sum_parts(const Schedule& schedule) {
-  return schedule.T < 64 ? schedule.T : 64;
-}
+int64_t alpha_sum_parts(const Schedule& schedule) { return schedule.T < 64 ? schedule.T : 64; }
 
 template <class S>
 Error alpha_sums(const Loop<S>& loop, const Compute<S>* d, Compute<S>* sums, void* stream) {
@@ -142,8 +140,8 @@ Error row_norms(const C* d, int64_t rows, int64_t H, C* norms, void* stream) {
   return launch(row_norms_kernel<C>, how, d, rows, H, norms);
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                                       \
-  template Error entering_rows(const Loop<S>&, S*, void*);              \
+#define TORCH_BPTT_FOR_STORAGE(S)                          \
+  template Error entering_rows(const Loop<S>&, S*, void*); \
   template Error alpha_sums(const Loop<S>&, const Compute<S>*, Compute<S>*, void*);
 TORCH_BPTT_FOR_STORAGE(float)
 TORCH_BPTT_FOR_STORAGE(double)
