@@ -10,11 +10,9 @@ less what was before it, so without the input; the output counts, where there is
 
 import argparse
 import ctypes
-import datetime
 import gc
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,12 +23,11 @@ import table
 import threads
 import torch
 from memory import forget_peak, resident
-from run import commit, machine
+from run import facts, machine
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import torch_bptt
-from torch_bptt._extension import _C
-from torch_bptt.bench import OURS, Case, cpu_name, quantile
+from torch_bptt.bench import OURS, Case, quantile
 
 PLAIN = OURS.name
 
@@ -178,14 +175,7 @@ def main() -> None:
             "extra_mib": f"{extra:.1f}",
             "output_mib": f"{4 * case.T * case.B * case.H / 2**20:.1f}",
             "version": torch_bptt.__version__,
-            "torch_bptt": torch_bptt.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "isa": _C.isa(),
-            "cpu": cpu_name(),
-            "cpus": os.cpu_count(),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            **facts(),
         }
         table.write(path, row)
     print(f"results are in {path}")

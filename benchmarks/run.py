@@ -52,6 +52,20 @@ def machine() -> str:
     return f"{words}-{os.cpu_count()}cpus-{_C.isa()}"
 
 
+def facts() -> dict[str, object]:
+    """What every row says about how it came about."""
+    return {
+        "torch_bptt": torch_bptt.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "isa": _C.isa(),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
 def memory(case: str, provider: str, dtype: str, threads: int) -> tuple[float, float]:
     """MiB of one training step beyond inputs, outputs and gradients, and MiB of the output."""
     command = [sys.executable, HERE / "memory.py", case, provider]
@@ -118,14 +132,7 @@ def main() -> None:
         "device": options.device,
         "dtype": options.dtype,
         "threads": count,
-        "torch_bptt": torch_bptt.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "isa": _C.isa(),
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **facts(),
     }
 
     def record(group: str, case: Case, provider: str, name: str, **values: object) -> None:

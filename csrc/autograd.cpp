@@ -1,13 +1,17 @@
-// The layer with its first derivative: one node of the autograd graph in C++. RNN(8, 8) on one
-// step, forward and backward, takes 37 us with it and 44 with one in Python. Transforms that
-// rewrite functions (torch.func, forward mode, torch.compile) take the Function in
-// torch_bptt/autograd.py instead; so does this node where the derivative is to be differentiated
-// itself.
+// The layer and its first derivative as nodes of the autograd graph, as PyTorch's own operators
+// have them. A node in C++ takes less time than one in Python: RNN(8, 8) on one step, forward and
+// backward, 37 us instead of 44; under torch.func, whose handling of Python's nodes is slow, an
+// ensemble of small networks takes a third of the time.
+//
+// Where a derivative is to be differentiated itself, the nodes call torch_bptt/autograd.py; forward
+// mode takes the Functions there from the start.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
-#include <algorithm>
+#include <type_traits>
 
 #include "operators.h"
 
@@ -15,13 +19,31 @@ namespace torch_bptt {
 
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+// A reference-counted node: PyTorch's pointer to one has changed its kind.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>)
+    return std::shared_ptr<N>(new N, [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<N>();
+}
 
 const auto& forward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_bptt::rnn_forward", "")
                              .typed<decltype(rnn_forward)>();
+  return op;
+}
+
+const auto& layer_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_bptt::rnn_with_f", "")
+                             .typed<decltype(rnn_with_f)>();
   return op;
 }
 
@@ -36,60 +58,65 @@ OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// What is no tensor about a layer, as autograd keeps it.
-struct SavedOptions : torch::CustomClassHolder {
-  explicit SavedOptions(LayerOptions options) : options(std::move(options)) {}
-  const LayerOptions options;
-};
+// Whether a transform of torch.func is at work. Each of its levels has a graph of its own: a node
+// of one level then has to call an operator that makes a node in turn.
+bool under_transforms() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+template <class... Tensors>
+void check_no_tangents(const char* op, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(torch::autograd::isFwGradDefined(tensors) || ...), op,
+      ": the operator must not be called in forward mode, got a tensor with a tangent: call ",
+      "torch_bptt.functional.rnn or a module");
+}
+
+void check_probe(const OptionalTensor& probe, const Tensor& x) {
+  if (!probe) return;
+  const auto rows = x.sizes().slice(0, x.dim() - 1);
+  TORCH_CHECK_VALUE(probe->sizes() == rows, "rnn: probe must have one entry for each row of x, ",
+                    "expected ", rows, ", got ", probe->sizes());
+  const auto expected = at::toOpMathType(x.scalar_type());
+  TORCH_CHECK(probe->scalar_type() == expected, "rnn: probe must be ", expected, ", in which ",
+              x.scalar_type(), " is computed, got ", probe->scalar_type());
+}
 
 }  // namespace
 
 // Its name stands in what autograd says of it.
-struct RNNNode : torch::autograd::Function<RNNNode> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& h0,
-                               const Tensor& weight_ih, const Tensor& weight_hh,
-                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                               const OptionalTensor& alpha, const OptionalTensor& restart,
-                               const OptionalTensor& probe, const OptionalTensor& batch_sizes,
-                               const OptionalTensor& keep, const OptionalTensor& mask,
-                               const OptionalTensor& noise, const std::string& activation,
-                               bool reverse, int64_t truncate, const std::optional<double>& clip) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [h, h_n, f] = forward_op().call(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation,
-                                         batch_sizes, keep, alpha, restart, mask, noise, reverse);
-    if (probe) check_probe(*probe, x);
-    ctx->set_materialize_grads(false);
-    const Tensor none;
-    ctx->save_for_backward({x, h0.value_or(none), weight_ih, weight_hh, batch_sizes.value_or(none),
-                            keep.value_or(none), alpha.value_or(none), restart.value_or(none),
-                            mask.value_or(none), h, alpha ? f : none});
-    ctx->saved_data["options"] = c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(
-        LayerOptions{activation,
-                     reverse,
-                     truncate,
-                     clip,
-                     {true, h0.has_value(), true, true, bias_ih.has_value(), bias_hh.has_value(),
-                      alpha.has_value(), restart.has_value(), probe.has_value()}}));
-    return {h, h_n};
+struct RNNNode : Node {
+  LayerOptions options;
+  SavedVariable x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f;
+
+  std::string name() const override { return "RNNNode"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved :
+         {&x, &h0, &weight_ih, &weight_hh, &batch_sizes, &keep, &alpha, &restart, &mask, &h, &f})
+      saved->reset_data();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(kArguments);
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(INPUTS);
     if (!grads[0].defined() && !grads[1].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const auto holder =
-        c10::static_intrusive_pointer_cast<SavedOptions>(ctx->saved_data["options"].toCapsule());
-    const LayerOptions& options = holder->options;
     std::array<bool, INPUTS> wanted;
-    size_t edge = 0;  // autograd counts only the arguments that are there
-    for (size_t i = 0; i < wanted.size(); ++i)
-      wanted[i] = options.given[i] && ctx->needs_input_grad(edge++);
-
-    const SavedForBackward all{optional(grads[0]), optional(grads[1]), saved[0],
-                               optional(saved[1]), saved[2],           saved[3],
-                               optional(saved[4]), optional(saved[5]), optional(saved[6]),
-                               optional(saved[7]), optional(saved[8]), saved[9],
-                               optional(saved[10])};
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
+    const SavedForBackward all{optional(grads[0]),
+                               optional(grads[1]),
+                               x.unpack(),
+                               optional(h0.unpack()),
+                               weight_ih.unpack(),
+                               weight_hh.unpack(),
+                               optional(batch_sizes.unpack()),
+                               optional(keep.unpack()),
+                               optional(alpha.unpack()),
+                               optional(restart.unpack()),
+                               optional(mask.unpack()),
+                               h.unpack(getptr()),
+                               optional(f.unpack())};
     if (at::GradMode::is_enabled()) {
       std::array<Tensor, INPUTS> of = backward_with_graph(all, options, wanted);
       std::move(of.begin(), of.end(), result.begin());
@@ -102,7 +129,7 @@ struct RNNNode : torch::autograd::Function<RNNNode> {
                                        wanted[BIAS_IH] || wanted[BIAS_HH], wanted[ALPHA],
                                        wanted[RESTART], wanted[PROBE]},
                                       all.batch_sizes, all.keep, all.alpha, all.restart, all.mask,
-                                      options.reverse, options.truncate, options.clip);
+                                      options.reverse, options.truncate, options.clip, 0);
     if (wanted[X]) result[X] = grad_x;
     if (wanted[H0]) result[H0] = grad_h0;
     if (wanted[WEIGHT_IH]) result[WEIGHT_IH] = grad_weight_ih;
@@ -114,19 +141,53 @@ struct RNNNode : torch::autograd::Function<RNNNode> {
     if (wanted[PROBE]) result[PROBE] = norms;
     return result;
   }
-
- private:
-  static constexpr size_t kArguments = 17;  // of forward, without ctx
-
-  static void check_probe(const Tensor& probe, const Tensor& x) {
-    const auto rows = x.sizes().slice(0, x.dim() - 1);
-    TORCH_CHECK_VALUE(probe.sizes() == rows, "rnn: probe must have one entry for each row of x, ",
-                      "expected ", rows, ", got ", probe.sizes());
-    const auto expected = at::toOpMathType(x.scalar_type());
-    TORCH_CHECK(probe.scalar_type() == expected, "rnn: probe must be ", expected, ", in which ",
-                x.scalar_type(), " is computed, got ", probe.scalar_type());
-  }
 };
+
+std::tuple<Tensor, Tensor, Tensor> rnn_with_f_with_gradient(
+    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip) {
+  check_no_tangents("rnn", x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart);
+  const bool has_graph = torch::autograd::compute_requires_grad(
+      x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe);
+  NodePtr edge;
+  RNNNode* node = nullptr;
+  if (has_graph) {
+    check_probe(probe, x);
+    auto made = make_node<RNNNode>();
+    node = made.get();
+    edge = std::move(made);
+    node->set_next_edges(torch::autograd::collect_next_edges(x, h0, weight_ih, weight_hh, bias_ih,
+                                                             bias_hh, alpha, restart, probe));
+    node->options = {std::string(activation), reverse, truncate, clip};
+    node->x = SavedVariable(x, false);
+    node->h0 = SavedVariable(h0, false);
+    node->weight_ih = SavedVariable(weight_ih, false);
+    node->weight_hh = SavedVariable(weight_hh, false);
+    node->batch_sizes = SavedVariable(batch_sizes, false);
+    node->keep = SavedVariable(keep, false);
+    node->alpha = SavedVariable(alpha, false);
+    node->restart = SavedVariable(restart, false);
+    node->mask = SavedVariable(mask, false);
+  }
+  auto outputs = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (under_transforms())
+      return layer_op().call(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation, batch_sizes,
+                             keep, alpha, restart, mask, noise, probe, reverse, truncate, clip);
+    return forward_op().call(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation, batch_sizes,
+                             keep, alpha, restart, mask, noise, reverse);
+  }();
+  if (has_graph) {
+    auto& [h, h_n, f] = outputs;
+    torch::autograd::set_history({h, h_n}, edge);
+    node->h = SavedVariable(h, true);
+    if (alpha) node->f = SavedVariable(f, false);
+  }
+  return outputs;
+}
 
 std::tuple<Tensor, Tensor> rnn_with_gradient(
     const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
@@ -134,15 +195,20 @@ std::tuple<Tensor, Tensor> rnn_with_gradient(
     const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
     const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
     const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip) {
-  if (!at::GradMode::is_enabled()) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rnn(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation, batch_sizes, keep, alpha,
-               restart, mask, noise, probe, reverse, truncate, clip);
-  }
-  const variable_list outputs = RNNNode::apply(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha,
-                                               restart, probe, batch_sizes, keep, mask, noise,
-                                               std::string(activation), reverse, truncate, clip);
-  return {outputs[0], outputs[1]};
+  auto [h, h_n, f] = rnn_with_f_with_gradient(x, h0, weight_ih, weight_hh, bias_ih, bias_hh,
+                                              activation, batch_sizes, keep, alpha, restart, mask,
+                                              noise, probe, reverse, truncate, clip);
+  return {std::move(h), std::move(h_n)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn_with_f(
+    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    const OptionalTensor&, bool reverse, int64_t, std::optional<double>) {
+  return forward_op().call(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation, batch_sizes,
+                           keep, alpha, restart, mask, noise, reverse);
 }
 
 std::tuple<Tensor, Tensor> rnn(const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih,
@@ -151,11 +217,76 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& x, const OptionalTensor& h0, const 
                                const OptionalTensor& batch_sizes, const OptionalTensor& keep,
                                const OptionalTensor& alpha, const OptionalTensor& restart,
                                const OptionalTensor& mask, const OptionalTensor& noise,
-                               const OptionalTensor&, bool reverse, int64_t,
-                               std::optional<double>) {
-  auto [h, h_n, f] = forward_op().call(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation,
-                                       batch_sizes, keep, alpha, restart, mask, noise, reverse);
-  return {h, h_n};
+                               const OptionalTensor& probe, bool reverse, int64_t truncate,
+                               std::optional<double> clip) {
+  auto [h, h_n, f] =
+      rnn_with_f(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, activation, batch_sizes, keep,
+                 alpha, restart, mask, noise, probe, reverse, truncate, clip);
+  return {std::move(h), std::move(h_n)};
+}
+
+// The derivative, computed anew where it is to be differentiated itself.
+struct RNNBackwardNode : Node {
+  BackwardOptions options;
+  std::vector<SavedVariable> tensors;  // that rnn_backward reads, in its order
+
+  std::string name() const override { return "RNNBackwardNode"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& saved : tensors) saved.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Tensor> unpacked;
+    std::vector<bool> needed;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      unpacked.push_back(tensors[i].unpack());
+      needed.push_back(task_should_compute_output(i));
+    }
+    return second_backward(unpacked, options, needed, grads);
+  }
+};
+
+Gradients rnn_backward_with_gradient(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
+                                     const Tensor& x, const OptionalTensor& h0, const Tensor& h,
+                                     const OptionalTensor& f, const Tensor& weight_ih,
+                                     const Tensor& weight_hh, std::string_view activation,
+                                     std::array<bool, 8> wanted, const OptionalTensor& batch_sizes,
+                                     const OptionalTensor& keep, const OptionalTensor& alpha,
+                                     const OptionalTensor& restart, const OptionalTensor& mask,
+                                     bool reverse, int64_t truncate, std::optional<double> clip,
+                                     int64_t parts) {
+  check_no_tangents("rnn_backward", grad_h, grad_h_n, x, h0, h, weight_ih, weight_hh, alpha,
+                    restart);
+  auto gradients = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return backward_op().call(grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, activation,
+                              wanted, batch_sizes, keep, alpha, restart, mask, reverse, truncate,
+                              clip, parts);
+  }();
+  if (!torch::autograd::compute_requires_grad(grad_h, grad_h_n, x, h0, h, weight_ih, weight_hh,
+                                              alpha, restart))
+    return gradients;
+  auto node = make_node<RNNBackwardNode>();
+  node->set_next_edges(torch::autograd::collect_next_edges(grad_h, grad_h_n, x, h0, h, f, weight_ih,
+                                                           weight_hh, batch_sizes, keep, alpha,
+                                                           restart, mask));
+  node->options = {std::string(activation), wanted, reverse, truncate, clip, parts};
+  const auto save = [&](const OptionalTensor& tensor) {
+    node->tensors.emplace_back(tensor, false);
+  };
+  for (const OptionalTensor& tensor :
+       {grad_h, grad_h_n, OptionalTensor(x), h0, OptionalTensor(h), f, OptionalTensor(weight_ih),
+        OptionalTensor(weight_hh), batch_sizes, keep, alpha, restart, mask})
+    save(tensor);
+  auto& [grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart,
+         norms] = gradients;
+  torch::autograd::set_history(
+      {grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart},
+      NodePtr(std::move(node)));
+  return gradients;
 }
 
 }  // namespace torch_bptt

@@ -25,6 +25,12 @@ TORCH_LIBRARY(torch_bptt, m) {
       "Tensor? probe=None, bool reverse=False, int truncate=0, float? clip=None) "
       "-> (Tensor h, Tensor h_n)");
   m.def(
+      "rnn_with_f(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
+      "Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, Tensor? noise=None, "
+      "Tensor? probe=None, bool reverse=False, int truncate=0, float? clip=None) "
+      "-> (Tensor h, Tensor h_n, Tensor f)");
+  m.def(
       "rnn_forward(Tensor x, Tensor? h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
       "Tensor? bias_hh, str activation, Tensor? batch_sizes=None, Tensor? keep=None, "
       "Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, Tensor? noise=None, "
@@ -33,7 +39,7 @@ TORCH_LIBRARY(torch_bptt, m) {
       "rnn_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor h, Tensor? f, "
       "Tensor weight_ih, Tensor weight_hh, str activation, bool[8] wanted, "
       "Tensor? batch_sizes=None, Tensor? keep=None, Tensor? alpha=None, Tensor? restart=None, "
-      "Tensor? mask=None, bool reverse=False, int truncate=0, float? clip=None) "
+      "Tensor? mask=None, bool reverse=False, int truncate=0, float? clip=None, int parts=0) "
       "-> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, Tensor grad_weight_hh, "
       "Tensor grad_bias, Tensor grad_alpha, Tensor grad_restart, Tensor norms)");
   m.def(
@@ -46,9 +52,16 @@ TORCH_LIBRARY(torch_bptt, m) {
       "bool reverse=False, int truncate=0) -> Tensor q");
 }
 
-TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) { m.impl("rnn", torch_bptt::rnn); }
+TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) {
+  m.impl("rnn", torch_bptt::rnn);
+  m.impl("rnn_with_f", torch_bptt::rnn_with_f);
+}
 
-TORCH_LIBRARY_IMPL(torch_bptt, Autograd, m) { m.impl("rnn", torch_bptt::rnn_with_gradient); }
+TORCH_LIBRARY_IMPL(torch_bptt, Autograd, m) {
+  m.impl("rnn", torch_bptt::rnn_with_gradient);
+  m.impl("rnn_with_f", torch_bptt::rnn_with_f_with_gradient);
+  m.impl("rnn_backward", torch_bptt::rnn_backward_with_gradient);
+}
 
 namespace {
 
@@ -69,29 +82,60 @@ TORCH_LIBRARY_IMPL(torch_bptt, CUDA, m) { implement_operators(m); }
 
 namespace torch_bptt {
 
+namespace {
+
+// torch_bptt.autograd.NAME(args...). An exception keeps its type: autograd's engine knows these.
+template <class Result, class... Args>
+Result call_python(const char* name, const Args&... args) {
+  try {
+    return pybind11::module_::import("torch_bptt.autograd")
+        .attr(name)(args...)
+        .template cast<Result>();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+    python_error persistent;
+    persistent.persist();
+    throw persistent;
+  }
+}
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+}  // namespace
+
 std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
                                                const LayerOptions& options,
                                                const std::array<bool, INPUTS>& wanted) {
   pybind11::gil_scoped_acquire gil;
-  try {
-    const pybind11::object backward =
-        pybind11::module_::import("torch_bptt.autograd").attr("backward_with_graph");
-    const auto grads = backward(saved.grad_h, saved.grad_h_n, saved.x, saved.h0, saved.weight_ih,
-                                saved.weight_hh, saved.batch_sizes, saved.keep, saved.alpha,
-                                saved.restart, saved.mask, saved.h, saved.f,
-                                pybind11::make_tuple(options.activation, options.reverse,
-                                                     options.truncate, options.clip),
-                                wanted)
-                           .cast<std::array<OptionalTensor, INPUTS>>();
-    std::array<Tensor, INPUTS> result;
-    for (size_t i = 0; i < grads.size(); ++i) result[i] = grads[i].value_or(Tensor());
+  const auto grads = call_python<std::array<OptionalTensor, INPUTS>>(
+      "backward_with_graph", saved.grad_h, saved.grad_h_n, saved.x, saved.h0, saved.weight_ih,
+      saved.weight_hh, saved.batch_sizes, saved.keep, saved.alpha, saved.restart, saved.mask,
+      saved.h, saved.f,
+      pybind11::make_tuple(options.activation, options.reverse, options.truncate, options.clip),
+      wanted);
+  std::array<Tensor, INPUTS> result;
+  for (size_t i = 0; i < grads.size(); ++i) result[i] = grads[i].value_or(Tensor());
+  return result;
+}
+
+std::vector<Tensor> second_backward(const std::vector<Tensor>& tensors,
+                                    const BackwardOptions& options, const std::vector<bool>& needed,
+                                    const std::vector<Tensor>& grads) {
+  pybind11::gil_scoped_acquire gil;
+  const auto of = [](const std::vector<Tensor>& all) {
+    std::vector<OptionalTensor> result;
+    for (const Tensor& tensor : all) result.push_back(optional(tensor));
     return result;
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-    python_error persistent;  // autograd's engine knows this one: the exception keeps its type
-    persistent.persist();
-    throw persistent;
-  }
+  };
+  const auto found = call_python<std::vector<OptionalTensor>>(
+      "second_backward", of(tensors),
+      pybind11::make_tuple(options.activation, options.reverse, options.truncate, options.clip),
+      options.wanted, options.parts, needed, of(grads));
+  std::vector<Tensor> result;
+  for (const OptionalTensor& tensor : found) result.push_back(tensor.value_or(Tensor()));
+  return result;
 }
 
 }  // namespace torch_bptt

@@ -33,6 +33,44 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor,
               ", got ", tensor.scalar_type());
 }
 
+// A shape with one more dimension in front.
+inline c10::DimVector in_front(int64_t size, at::IntArrayRef shape) {
+  c10::DimVector result{size};
+  result.append(shape.begin(), shape.end());
+  return result;
+}
+
+// How many networks an operator runs: one, or, where weight_hh is (G, H, H), G of one shape side by
+// side. Every other tensor then has G in front as well, expanded where they share it. Checks look
+// at the first network, which stands for all.
+struct Networks {
+  int64_t count = 1;
+  bool several = false;
+
+  Networks(const char* op, const Tensor& weight_hh) {
+    if (weight_hh.dim() != 3) return;
+    several = true;
+    count = weight_hh.size(0);
+    TORCH_CHECK_VALUE(count > 0, op, ": weight_hh must have one matrix or more, got none");
+  }
+
+  Tensor first(const char* op, const char* name, const Tensor& tensor) const {
+    if (!several) return tensor;
+    TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == count, op, ": ", name,
+                      " must have a dimension of ", count,
+                      " networks in front, as weight_hh has, got shape ", tensor.sizes());
+    return tensor.select(0, 0);
+  }
+  OptionalTensor first(const char* op, const char* name, const OptionalTensor& tensor) const {
+    return tensor ? OptionalTensor(first(op, name, *tensor)) : std::nullopt;
+  }
+
+  // The shape of an output for all networks.
+  c10::DimVector shape(at::IntArrayRef of_one) const {
+    return several ? in_front(count, of_one) : c10::DimVector(of_one);
+  }
+};
+
 // One leak for each unit, in the type that x is computed in. Its values are the caller's concern:
 // looking at them would wait for the device.
 inline void check_alpha(const char* op, const OptionalTensor& alpha, int64_t hidden_size,
@@ -119,6 +157,19 @@ struct Sizes {
     return {1, B, features};
   }
 };
+
+// Parts of a batch, the rows of which alternate: row b belongs to part b % parts.
+inline void check_parts(const char* op, int64_t parts, const Sizes& sizes) {
+  TORCH_CHECK_VALUE(parts >= 0, op, ": parts must be a number of parts of the batch, expected 0 ",
+                    "(one sum over all rows) or more, got ", parts);
+  if (parts <= 1) return;
+  const auto check = [&](int64_t rows) {
+    TORCH_CHECK_VALUE(rows % parts == 0, op, ": parts must divide the rows of every step, got ",
+                      parts, " parts of ", rows, " rows");
+  };
+  check(sizes.B);
+  for (size_t t = 1; t < sizes.offsets.size(); ++t) check(sizes.offsets[t] - sizes.offsets[t - 1]);
+}
 
 // A state, with dtype and device of `like`.
 inline void check_state(const char* op, const char* name, const OptionalTensor& state,

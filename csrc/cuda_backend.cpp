@@ -99,6 +99,12 @@ class Call {
         .target_device(stored.device())
         .make_tensor();
   }
+  // As many of them as there are parts; one without a dimension for it.
+  template <class T>
+  Tensor over_parts(T* data, int64_t parts, at::IntArrayRef shape) const {
+    if (parts == 1) return over(data, shape);
+    return over(data, {parts, shape[0], shape[1]});
+  }
   // The rows of steps [begin, end) of a sequence.
   template <class T>
   Tensor rows_of(const Rows<T>& rows, int64_t features, int64_t begin, int64_t end) const {
@@ -171,34 +177,36 @@ class Call {
 
 bool is_narrow(const Tensor& tensor) { return tensor.element_size() == 2; }
 
-// out = a b, added up in the type that is computed in, which is that of out.
+// out = a b, of matrices or of as many as a and b have of them, added up in the type that is
+// computed in, which is that of out.
 void multiply_exactly(Tensor& out, const Tensor& a, const Tensor& b) {
-  if (!is_narrow(a))
-    at::mm_out(out, a, b);
-  else if (a.is_cuda())
-    at::mm_out(out, a, b, out.scalar_type());
-  else  // PyTorch has that product for CUDA alone
-    at::mm_out(out, a.to(out.scalar_type()), b.to(out.scalar_type()));
+  const bool matrices = a.dim() == 2;
+  const auto computed = out.scalar_type();
+  if (is_narrow(a) && a.is_cuda())
+    matrices ? at::mm_out(out, a, b, computed) : at::bmm_out(out, a, b, computed);
+  else if (is_narrow(a))  // PyTorch has that product for CUDA alone
+    multiply_exactly(out, a.to(computed), b.to(computed));
+  else
+    matrices ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
 }
 
-// out = a^T b, the gradient of a weight: rounded to storage once.
+// Rows of H as (rows, parts, H): row r belongs to part r % parts.
+Tensor with_parts(const Tensor& rows, int64_t parts) { return rows.unflatten(0, {-1, parts}); }
+
+// out = a^T b, the gradient of a weight, for each part of the rows (core/problem.h): rounded to
+// storage once.
 class WeightGradient {
  public:
-  explicit WeightGradient(Tensor out)
+  WeightGradient(Tensor out, int64_t parts)
       : out(std::move(out)),
-        sum(is_narrow(this->out) ? at::empty_like(this->out, at::kFloat) : this->out) {}
+        sum(is_narrow(this->out) ? at::empty_like(this->out, at::kFloat) : this->out),
+        parts(parts) {}
 
   void add(const Tensor& a, const Tensor& b) {
-    if (first) {
-      multiply_exactly(sum, a.t(), b);
-    } else if (is_narrow(a)) {
-      Tensor part = at::empty_like(sum);
-      multiply_exactly(part, a.t(), b);
-      sum.add_(part);
-    } else {
-      sum.addmm_(a.t(), b);
-    }
-    first = false;
+    if (parts == 1)
+      add_product(a.t(), b);
+    else
+      add_product(with_parts(a, parts).permute({1, 2, 0}), with_parts(b, parts).transpose(0, 1));
   }
   void finish() {
     if (first)
@@ -208,7 +216,21 @@ class WeightGradient {
   }
 
  private:
+  void add_product(const Tensor& a, const Tensor& b) {
+    if (first) {
+      multiply_exactly(sum, a, b);
+    } else if (is_narrow(a)) {
+      Tensor product = at::empty_like(sum);
+      multiply_exactly(product, a, b);
+      sum.add_(product);
+    } else {
+      a.dim() == 2 ? sum.addmm_(a, b) : sum.baddbmm_(a, b);
+    }
+    first = false;
+  }
+
   Tensor out, sum;
+  const int64_t parts;
   bool first = true;
 };
 
@@ -327,7 +349,7 @@ Loop<S> forward_of(const Call<S>& call, const BackwardProblem<S>& p) {
 template <class S>
 void gradient_of_weight_hh(const Call<S>& call, const BackwardProblem<S>& p, const Tensor& du) {
   const Schedule& s = call.host;
-  WeightGradient gradient(call.over(p.grad_weight_hh, {p.H, p.H}));
+  WeightGradient gradient(call.over_parts(p.grad_weight_hh, p.parts, {p.H, p.H}), p.parts);
   if (s.offsets || s.keep || p.mask.data || !is_one_matrix(p.h, s)) {
     const Tensor entering = call.empty({s.rows(), p.H});
     check(entering_rows(forward_of(call, p), static_cast<S*>(entering.data_ptr()), call.stream));
@@ -384,15 +406,18 @@ void rnn_backward(const BackwardProblem<S>& p, const Tensor& like) {
   if (p.grad_x.data) gradient_of_x(call, p, du);
   if (p.grad_weight_hh) gradient_of_weight_hh(call, p, du);
   if (p.grad_weight_ih) {
-    WeightGradient gradient(call.over(p.grad_weight_ih, {p.H, p.I}));
+    WeightGradient gradient(call.over_parts(p.grad_weight_ih, p.parts, {p.H, p.I}), p.parts);
     gradient.add(du, call.matrix_of(p.x, p.I));
     gradient.finish();
   }
-  if (p.grad_bias) call.over(p.grad_bias, {p.H}).copy_(at::sum(du, {0}, false, type_of(kDtype<C>)));
+  if (p.grad_bias)
+    call.over(p.grad_bias, {p.parts, p.H})
+        .copy_(at::sum(with_parts(du, p.parts), {0}, false, type_of(kDtype<C>)));
   if (p.grad_alpha) {
-    const Tensor sums = call.empty_computed({alpha_sum_parts(s), p.H});
-    check(alpha_sums(forward_of(call, p), d.const_data_ptr<C>(), sums.data_ptr<C>(), call.stream));
-    call.over(p.grad_alpha, {p.H}).copy_(sums.sum(0));
+    const Tensor sums = call.empty_computed({alpha_sum_groups(s), p.parts, p.H});
+    check(alpha_sums(forward_of(call, p), d.const_data_ptr<C>(), p.parts, sums.data_ptr<C>(),
+                     call.stream));
+    call.over(p.grad_alpha, {p.parts, p.H}).copy_(sums.sum(0));
   }
   if (p.norms) check(row_norms(d.const_data_ptr<C>(), s.rows(), p.H, p.norms, call.stream));
 }

@@ -54,15 +54,6 @@ inline Activation activation_of(const char* op, std::string_view name) {
   TORCH_CHECK_VALUE(false, op, ": activation must be one of ", names, ", got ", name);
 }
 
-template <class S>
-S* data_of(const Tensor& tensor) {
-  return static_cast<S*>(tensor.data_ptr());
-}
-template <class S>
-const S* const_data_of(const Tensor& tensor) {
-  return static_cast<const S*>(tensor.const_data_ptr());
-}
-
 // The same values with the features of a row contiguous, as Rows wants them. Nearly always the
 // tensor itself; an expanded dimension (the gradient of a sum) is kept expanded, so that nothing of
 // the size of the sequence is copied.
@@ -77,46 +68,87 @@ inline OptionalTensor with_feature_rows(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(with_feature_rows(*tensor)) : std::nullopt;
 }
 
-// Views for the kernels. The tensors must outlive them, and have passed with_feature_rows.
-template <class S>
-Rows<const S> rows_of(const Tensor& tensor) {
-  return {const_data_of<S>(tensor), tensor.dim() == 3 ? tensor.stride(0) : 0, tensor.stride(-2)};
+// The matrix of every network contiguous; one that they share is kept expanded.
+inline Tensor with_contiguous_matrices(const Tensor& weight) {
+  if (weight.dim() == 2 || weight.stride(0) != 0) return weight.contiguous();
+  return weight.select(0, 0).contiguous().expand(weight.sizes());
 }
-template <class S>
-Rows<const S> rows_of(const OptionalTensor& tensor) {
-  return tensor ? rows_of<S>(*tensor) : Rows<const S>{};
-}
-template <class S>
-Rows<S> output_rows_of(const Tensor& tensor) {  // an empty tensor is one that is not wanted
-  if (tensor.numel() == 0) return {};
-  return {data_of<S>(tensor), tensor.dim() == 3 ? tensor.stride(0) : 0, tensor.stride(-2)};
-}
+
+// What one network of several reads and writes, as the kernels want it. The tensors must outlive
+// this, and have passed with_feature_rows or with_contiguous_matrices; an absent one gives null,
+// and so does an output that is empty, which is one that is not wanted.
+class Operands {
+ public:
+  Operands(const Networks& networks, int64_t index) : several(networks.several), index(index) {}
+
+  template <class S>
+  const S* data(const Tensor& tensor) const {
+    return static_cast<const S*>(tensor.const_data_ptr()) + offset(tensor);
+  }
+  template <class S>
+  const S* data(const OptionalTensor& tensor) const {
+    return tensor ? data<S>(*tensor) : nullptr;
+  }
+  template <class S>
+  S* output(const Tensor& tensor) const {
+    return tensor.numel() ? static_cast<S*>(tensor.data_ptr()) + offset(tensor) : nullptr;
+  }
+  template <class S>
+  Rows<const S> rows(const Tensor& tensor) const {
+    return {data<S>(tensor), step(tensor), tensor.stride(-2)};
+  }
+  template <class S>
+  Rows<const S> rows(const OptionalTensor& tensor) const {
+    return tensor ? rows<S>(*tensor) : Rows<const S>{};
+  }
+  template <class S>
+  Rows<S> output_rows(const Tensor& tensor) const {
+    if (tensor.numel() == 0) return {};
+    return {output<S>(tensor), step(tensor), tensor.stride(-2)};
+  }
+
+ private:
+  int64_t offset(const Tensor& tensor) const { return several ? index * tensor.stride(0) : 0; }
+  int64_t step(const Tensor& tensor) const {
+    return tensor.dim() - several == 3 ? tensor.stride(-3) : 0;
+  }
+
+  const bool several;
+  const int64_t index;
+};
 
 // Options about rows and links, and the tensors they point into.
 struct ScheduleOf {
-  Schedule schedule;
-  Tensor keep;
-
-  ScheduleOf(const char* op, const Sizes& sizes, const OptionalTensor& keep_option, bool reverse,
-             int64_t truncate = 0) {
+  ScheduleOf(const char* op, const Networks& networks, const Sizes& sizes,
+             const OptionalTensor& keep_option, bool reverse, int64_t truncate = 0) {
     check_truncate(op, truncate);
     if (keep_option) {
       TORCH_CHECK_TYPE(keep_option->scalar_type() == at::kBool, op,
                        ": keep must be a bool tensor, got ", keep_option->scalar_type());
-      check_shape(op, "keep", *keep_option, {sizes.T, sizes.B}, "(steps, batch)");
+      check_shape(op, "keep", networks.first(op, "keep", *keep_option), {sizes.T, sizes.B},
+                  "(steps, batch)");
       TORCH_CHECK(keep_option->device() == sizes.device, op,
                   ": keep must be on the device of the sequence, expected ", sizes.device, ", got ",
                   keep_option->device());
-      keep = keep_option->contiguous();
+      keep = with_contiguous_matrices(*keep_option);
     }
     schedule.T = sizes.T;
     schedule.B = sizes.B;
     schedule.offsets = sizes.packed() ? sizes.offsets.data() : nullptr;
     schedule.lengths = sizes.packed() ? sizes.lengths.data() : nullptr;
-    schedule.keep = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
     schedule.reverse = reverse;
     schedule.truncate = truncate;
   }
+
+  Schedule of(const Operands& network) const {
+    Schedule result = schedule;
+    result.keep = network.data<bool>(keep);
+    return result;
+  }
+
+ private:
+  Schedule schedule;
+  OptionalTensor keep;
 };
 
 // PyTorch's own threads, all running at once. Inside a parallel region of the caller's there is
@@ -133,47 +165,86 @@ inline Parallel torch_threads() {
           }};
 }
 
-// The functions of a backend; `like` is a tensor of the call.
+// Whether the CUDA backend takes what is on that tensor's device. In the build with its kernels on
+// the host, which is for tests, it takes everything.
+inline bool takes_cuda([[maybe_unused]] const Tensor& like) {
+#if defined(TORCH_BPTT_CUDA_ON_HOST)
+  return true;
+#elif defined(TORCH_BPTT_CUDA)
+  return like.is_cuda();
+#else
+  return false;
+#endif
+}
+
+// The functions of a backend; `like` is a tensor of the call, and the threads are for the CPU.
 template <class S>
 struct Backend {
-  void (*rnn_forward)(const ForwardProblem<S>& problem, const Tensor& like);
-  void (*rnn_backward)(const BackwardProblem<S>& problem, const Tensor& like);
-  void (*adjoint_scan)(const ScanProblem<S>& problem, const Tensor& like);
-  void (*tangent_scan)(const ScanProblem<S>& problem, const Tensor& like);
+  void (*rnn_forward)(const ForwardProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*rnn_backward)(const BackwardProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*adjoint_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*tangent_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
 };
 
 template <class S>
 constexpr Backend<S> kCpuBackend{
-    [](const ForwardProblem<S>& problem, const Tensor&) {
-      cpu::kernels().of<S>().rnn_forward(problem, torch_threads());
+    [](const ForwardProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().rnn_forward(problem, threads);
     },
-    [](const BackwardProblem<S>& problem, const Tensor&) {
-      cpu::kernels().of<S>().rnn_backward(problem, torch_threads());
+    [](const BackwardProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().rnn_backward(problem, threads);
     },
-    [](const ScanProblem<S>& problem, const Tensor&) {
-      cpu::kernels().of<S>().adjoint_scan(problem, torch_threads());
+    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().adjoint_scan(problem, threads);
     },
-    [](const ScanProblem<S>& problem, const Tensor&) {
-      cpu::kernels().of<S>().tangent_scan(problem, torch_threads());
+    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().tangent_scan(problem, threads);
     },
 };
 
 #ifdef TORCH_BPTT_CUDA
 template <class S>
-constexpr Backend<S> kCudaBackend{cuda::rnn_forward<S>, cuda::rnn_backward<S>,
-                                  cuda::adjoint_scan<S>, cuda::tangent_scan<S>};
+constexpr Backend<S> kCudaBackend{
+    [](const ForwardProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::rnn_forward(problem, like);
+    },
+    [](const BackwardProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::rnn_backward(problem, like);
+    },
+    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::adjoint_scan(problem, like);
+    },
+    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::tangent_scan(problem, like);
+    },
+};
 #endif
 
-// The backend for the device of a tensor. In the build with CUDA kernels on the host, which is for
-// tests, that one.
+// The backend for the device of a tensor.
 template <class S>
 const Backend<S>& backend_of([[maybe_unused]] const Tensor& like) {
-#if defined(TORCH_BPTT_CUDA_ON_HOST)
-  return kCudaBackend<S>;
-#elif defined(TORCH_BPTT_CUDA)
-  if (like.is_cuda()) return kCudaBackend<S>;
+#ifdef TORCH_BPTT_CUDA
+  if (takes_cuda(like)) return kCudaBackend<S>;
 #endif
   return kCpuBackend<S>;
+}
+
+// body(network, threads) for each of the networks, which share the threads: each network has one
+// alone, or, where there are more threads than networks, all of them in turn. `work` is that of a
+// network in multiply-adds. On a GPU they run one after the other; `like` says where they are.
+template <class Body>
+void for_each_network(const Tensor& like, const Networks& networks, int64_t work,
+                      const Body& body) {
+  if (networks.count == 1 || networks.count < at::get_num_threads() || takes_cuda(like)) {
+    for (int64_t i = 0; i < networks.count; ++i) body(Operands(networks, i), torch_threads());
+    return;
+  }
+  // As with the threads of one network (cpu/team.h), a second one does not pay below this.
+  constexpr int64_t kWorkPerThread = 250'000;
+  const int64_t grain = kWorkPerThread / std::max<int64_t>(work, 1) + 1;
+  at::parallel_for(0, networks.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(Operands(networks, i), Parallel{});
+  });
 }
 
 }  // namespace torch_bptt

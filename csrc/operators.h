@@ -9,12 +9,16 @@
 //   arrive restart  state that arrives instead; zeros alpha    (H) leak of each unit, in the type
 //   that x is computed in; 1 mask     state, factors of what arrives before it is multiplied by
 //   W_hh; 1 noise    as h, added to z; zeros
+//
+// With weight_hh (G, H, H) all but autograd.cpp run G networks side by side: every other tensor but
+// batch_sizes, results included, has G in front.
 #pragma once
 
 #include <array>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -29,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     bool reverse);
 
 // -> grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias, grad_alpha, grad_restart, norms
-// |dL/dh_t| of every row; those not wanted are empty and cost nothing
+// |dL/dh_t| of every row; those not wanted are empty and cost nothing. With parts > 0 those of
+// weights, bias and alpha are (parts, ...): row b counts to part b % parts alone.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
                        const Tensor& x, const OptionalTensor& h0, const Tensor& h,
@@ -38,7 +43,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
                        const OptionalTensor& batch_sizes, const OptionalTensor& keep,
                        const OptionalTensor& alpha, const OptionalTensor& restart,
                        const OptionalTensor& mask, bool reverse, int64_t truncate,
-                       std::optional<double> clip);
+                       std::optional<double> clip, int64_t parts);
 
 // -> d as g; d0 and what goes back to restart, states
 std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
@@ -73,6 +78,32 @@ std::tuple<Tensor, Tensor> rnn_with_gradient(
     const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
     const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
 
+// The same with f(z_t) as rnn_forward returns it, which has no gradient: what a node calls under a
+// transform of torch.func, so that each of its levels gets a node.
+std::tuple<Tensor, Tensor, Tensor> rnn_with_f(
+    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
+std::tuple<Tensor, Tensor, Tensor> rnn_with_f_with_gradient(
+    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
+    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
+    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
+    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
+
+// rnn_backward with a graph.
+Gradients rnn_backward_with_gradient(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
+                                     const Tensor& x, const OptionalTensor& h0, const Tensor& h,
+                                     const OptionalTensor& f, const Tensor& weight_ih,
+                                     const Tensor& weight_hh, std::string_view activation,
+                                     std::array<bool, 8> wanted, const OptionalTensor& batch_sizes,
+                                     const OptionalTensor& keep, const OptionalTensor& alpha,
+                                     const OptionalTensor& restart, const OptionalTensor& mask,
+                                     bool reverse, int64_t truncate, std::optional<double> clip,
+                                     int64_t parts);
+
 // The arguments of the layer that have a gradient, in their order.
 enum LayerInput { X, H0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, ALPHA, RESTART, PROBE, INPUTS };
 
@@ -81,7 +112,6 @@ struct LayerOptions {
   bool reverse;
   int64_t truncate;
   std::optional<double> clip;
-  std::array<bool, INPUTS> given;  // those that exist
 };
 
 struct SavedForBackward {
@@ -99,5 +129,20 @@ struct SavedForBackward {
 std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
                                                const LayerOptions& options,
                                                const std::array<bool, INPUTS>& wanted);
+
+struct BackwardOptions {
+  std::string activation;
+  std::array<bool, 8> wanted;
+  bool reverse;
+  int64_t truncate;
+  std::optional<double> clip;
+  int64_t parts;
+};
+
+// The gradients of the tensors that rnn_backward reads, in its order, undefined where not needed:
+// torch_bptt.autograd.second_backward.
+std::vector<Tensor> second_backward(const std::vector<Tensor>& tensors,
+                                    const BackwardOptions& options, const std::vector<bool>& needed,
+                                    const std::vector<Tensor>& grads);
 
 }  // namespace torch_bptt

@@ -12,53 +12,58 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
                        const OptionalTensor& batch_sizes, const OptionalTensor& keep,
                        const OptionalTensor& alpha, const OptionalTensor& restart,
                        const OptionalTensor& mask, bool reverse, int64_t truncate,
-                       std::optional<double> clip) {
+                       std::optional<double> clip, int64_t parts) {
   constexpr const char* op = "rnn_backward";
-  const Sizes sizes(op, "x", x, batch_sizes);
-  const int64_t I = x.size(-1), H = weight_hh.size(0);
+  const Networks networks(op, weight_hh);
+  const Sizes sizes(op, "x", networks.first(op, "x", x), batch_sizes);
+  const int64_t I = x.size(-1), H = weight_hh.size(-2);
   const Activation activation = activation_of(op, activation_name);
-  const ScheduleOf schedule(op, sizes, keep, reverse, truncate);
+  const ScheduleOf schedule(op, networks, sizes, keep, reverse, truncate);
   check_clip(op, clip);
-  check_shape(op, "weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
-  check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
-  check_shape(op, "h", h, sizes.shape(H), "of the output of rnn_forward");
-  check_like(op, "weight_ih", weight_ih, "x", x);
-  check_like(op, "weight_hh", weight_hh, "x", x);
-  check_like(op, "h", h, "x", x);
-  check_alpha(op, alpha, H, x);
+  check_parts(op, parts, sizes);
+  const auto check = [&](const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
+                         const char* meaning) {
+    if (!tensor) return;
+    check_shape(op, name, networks.first(op, name, *tensor), expected, meaning);
+    check_like(op, name, *tensor, "x", x);
+  };
+  check("weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
+  check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
+  check("h", h, sizes.shape(H), "of the output of rnn_forward");
+  check_alpha(op, networks.first(op, "alpha", alpha), H, x);
   TORCH_CHECK_VALUE(alpha || !wanted[5], op,
                     ": alpha must be given where its gradient is wanted, got None");
   if (alpha) {
     TORCH_CHECK_VALUE(
         f, op, ": f must be given where alpha is, expected an output of rnn_forward, got None");
-    check_shape(op, "f", *f, sizes.shape(H), "of the output of rnn_forward");
-    check_like(op, "f", *f, "x", x);
+    check("f", *f, sizes.shape(H), "of the output of rnn_forward");
   }
-  if (grad_h) {
-    check_shape(op, "grad_h", *grad_h, sizes.shape(H), "of h");
-    check_like(op, "grad_h", *grad_h, "x", x);
-  }
-  check_state(op, "grad_h_n", grad_h_n, sizes, H, "x", x);
-  check_state(op, "h0", h0, sizes, H, "x", x);
-  check_state(op, "restart", restart, sizes, H, "x", x);
-  check_state(op, "mask", mask, sizes, H, "x", x);
+  check("grad_h", grad_h, sizes.shape(H), "of h");
+  check_state(op, "grad_h_n", networks.first(op, "grad_h_n", grad_h_n), sizes, H, "x", x);
+  check_state(op, "h0", networks.first(op, "h0", h0), sizes, H, "x", x);
+  check_state(op, "restart", networks.first(op, "restart", restart), sizes, H, "x", x);
+  check_state(op, "mask", networks.first(op, "mask", mask), sizes, H, "x", x);
 
   const bool none = h.numel() == 0;  // no rows: all sums are empty
-  const auto output = [&](bool is_wanted, at::IntArrayRef shape) {
-    if (!is_wanted) return at::empty({0}, x.options());
-    return none ? at::zeros(shape, x.options()) : at::empty(shape, x.options());
+  const auto output = [&](bool is_wanted, at::IntArrayRef shape, at::TensorOptions options) {
+    if (!is_wanted) return at::empty({0}, options);
+    return none ? at::zeros(shape, options) : at::empty(shape, options);
   };
+  const auto computed = x.options().dtype(at::toOpMathType(x.scalar_type()));
+  const auto sum_shape = [&](at::IntArrayRef of_one) {  // of a sum over all rows, or over a part's
+    return networks.shape(parts > 0 ? in_front(parts, of_one) : c10::DimVector(of_one));
+  };
+  const auto state_shape = networks.shape(sizes.state_shape(H));
   Tensor grad_x =
       wanted[0] ? (none ? at::zeros_like(x) : at::empty_like(x)) : at::empty({0}, x.options());
   if (grad_x.size(-1) > 1 && grad_x.stride(-1) != 1) grad_x = at::empty(x.sizes(), x.options());
-  Tensor grad_h0 = output(wanted[1], sizes.state_shape(H));
-  Tensor grad_weight_ih = output(wanted[2], {H, I}), grad_weight_hh = output(wanted[3], {H, H}),
-         grad_bias = output(wanted[4], {H});
-  const auto computed = x.options().dtype(at::toOpMathType(x.scalar_type()));
-  Tensor grad_alpha = wanted[5] ? at::zeros({H}, computed) : at::empty({0}, computed);
-  Tensor grad_restart = output(wanted[6], sizes.state_shape(H));
-  const auto rows_only = x.sizes().slice(0, x.dim() - 1);
-  Tensor norms = wanted[7] ? at::zeros(rows_only, computed) : at::empty({0}, computed);
+  Tensor grad_h0 = output(wanted[1], state_shape, x.options());
+  Tensor grad_weight_ih = output(wanted[2], sum_shape({H, I}), x.options()),
+         grad_weight_hh = output(wanted[3], sum_shape({H, H}), x.options()),
+         grad_bias = output(wanted[4], sum_shape({H}), x.options()),
+         grad_alpha = output(wanted[5], sum_shape({H}), computed);
+  Tensor grad_restart = output(wanted[6], state_shape, x.options());
+  Tensor norms = output(wanted[7], x.sizes().slice(0, x.dim() - 1), computed);
   const Gradients gradients{grad_x,    grad_h0,    grad_weight_ih, grad_weight_hh,
                             grad_bias, grad_alpha, grad_restart,   norms};
   if (none) {
@@ -72,35 +77,40 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
                        mask_rows = with_feature_rows(mask), alpha_row = with_feature_rows(alpha);
   const Tensor x_rows = with_feature_rows(x), h_rows = with_feature_rows(h),
                f_rows = alpha ? with_feature_rows(*f) : h_rows,
-               weight_ih_rows = weight_ih.contiguous(), weight_hh_rows = weight_hh.contiguous();
+               weight_ih_rows = with_contiguous_matrices(weight_ih),
+               weight_hh_rows = with_contiguous_matrices(weight_hh);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
-    BackwardProblem<S> problem;
-    problem.schedule = schedule.schedule;
-    problem.I = I;
-    problem.H = H;
-    problem.activation = activation;
-    problem.alpha = alpha ? const_data_of<Compute<S>>(*alpha_row) : nullptr;
-    problem.clip = clip.value_or(-1);
-    problem.grad_h = rows_of<S>(grad_h_rows);
-    problem.grad_h_n = rows_of<S>(grad_h_n_rows);
-    problem.x = rows_of<S>(x_rows);
-    problem.h0 = rows_of<S>(h0_rows);
-    problem.restart = rows_of<S>(restart_rows);
-    problem.mask = rows_of<S>(mask_rows);
-    problem.h = rows_of<S>(h_rows);
-    problem.f = rows_of<S>(f_rows);
-    problem.weight_ih = const_data_of<S>(weight_ih_rows);
-    problem.weight_hh = const_data_of<S>(weight_hh_rows);
-    problem.grad_x = output_rows_of<S>(grad_x);
-    problem.grad_h0 = output_rows_of<S>(grad_h0);
-    problem.grad_weight_ih = grad_weight_ih.numel() ? data_of<S>(grad_weight_ih) : nullptr;
-    problem.grad_weight_hh = grad_weight_hh.numel() ? data_of<S>(grad_weight_hh) : nullptr;
-    problem.grad_bias = grad_bias.numel() ? data_of<S>(grad_bias) : nullptr;
-    problem.grad_alpha = wanted[5] ? data_of<Compute<S>>(grad_alpha) : nullptr;
-    problem.grad_restart = grad_restart.numel() ? data_of<S>(grad_restart) : nullptr;
-    problem.norms = wanted[7] ? data_of<Compute<S>>(norms) : nullptr;
-    backend_of<S>(x).rnn_backward(problem, x);
+    const int64_t work = 2 * sizes.rows() * H * (H + I);
+    for_each_network(x, networks, work, [&](const Operands& network, const Parallel& threads) {
+      BackwardProblem<S> problem;
+      problem.schedule = schedule.of(network);
+      problem.I = I;
+      problem.H = H;
+      problem.parts = std::max<int64_t>(parts, 1);
+      problem.activation = activation;
+      problem.alpha = network.data<Compute<S>>(alpha_row);
+      problem.clip = clip.value_or(-1);
+      problem.grad_h = network.rows<S>(grad_h_rows);
+      problem.grad_h_n = network.rows<S>(grad_h_n_rows);
+      problem.x = network.rows<S>(x_rows);
+      problem.h0 = network.rows<S>(h0_rows);
+      problem.restart = network.rows<S>(restart_rows);
+      problem.mask = network.rows<S>(mask_rows);
+      problem.h = network.rows<S>(h_rows);
+      problem.f = network.rows<S>(f_rows);
+      problem.weight_ih = network.data<S>(weight_ih_rows);
+      problem.weight_hh = network.data<S>(weight_hh_rows);
+      problem.grad_x = network.output_rows<S>(grad_x);
+      problem.grad_h0 = network.output_rows<S>(grad_h0);
+      problem.grad_weight_ih = network.output<S>(grad_weight_ih);
+      problem.grad_weight_hh = network.output<S>(grad_weight_hh);
+      problem.grad_bias = network.output<S>(grad_bias);
+      problem.grad_alpha = network.output<Compute<S>>(grad_alpha);
+      problem.grad_restart = network.output<S>(grad_restart);
+      problem.norms = network.output<Compute<S>>(norms);
+      backend_of<S>(x).rnn_backward(problem, x, threads);
+    });
   });
   return gradients;
 }

@@ -11,42 +11,37 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
     const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
     bool reverse) {
   constexpr const char* op = "rnn_forward";
-  const Sizes sizes(op, "x", x, batch_sizes);
-  const int64_t I = x.size(-1), H = weight_hh.size(0);
+  const Networks networks(op, weight_hh);
+  const Sizes sizes(op, "x", networks.first(op, "x", x), batch_sizes);
+  const int64_t I = x.size(-1), H = weight_hh.size(-2);
   const Activation activation = activation_of(op, activation_name);
-  const ScheduleOf schedule(op, sizes, keep, reverse);
-  check_shape(op, "weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
-  check_shape(op, "weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
-  check_like(op, "weight_ih", weight_ih, "x", x);
-  check_like(op, "weight_hh", weight_hh, "x", x);
-  if (bias_ih) {
-    check_shape(op, "bias_ih", *bias_ih, {H}, "(hidden_size)");
-    check_like(op, "bias_ih", *bias_ih, "x", x);
-  }
-  if (bias_hh) {
-    check_shape(op, "bias_hh", *bias_hh, {H}, "(hidden_size)");
-    check_like(op, "bias_hh", *bias_hh, "x", x);
-  }
-  check_alpha(op, alpha, H, x);
-  check_state(op, "h0", h0, sizes, H, "x", x);
-  check_state(op, "restart", restart, sizes, H, "x", x);
-  check_state(op, "mask", mask, sizes, H, "x", x);
-  if (noise) {
-    check_shape(op, "noise", *noise, sizes.shape(H), "of h");
-    check_like(op, "noise", *noise, "x", x);
-  }
+  const ScheduleOf schedule(op, networks, sizes, keep, reverse);
+  const auto check = [&](const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
+                         const char* meaning) {
+    if (!tensor) return;
+    check_shape(op, name, networks.first(op, name, *tensor), expected, meaning);
+    check_like(op, name, *tensor, "x", x);
+  };
+  check("weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
+  check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
+  check("bias_ih", bias_ih, {H}, "(hidden_size)");
+  check("bias_hh", bias_hh, {H}, "(hidden_size)");
+  check_alpha(op, networks.first(op, "alpha", alpha), H, x);
+  check_state(op, "h0", networks.first(op, "h0", h0), sizes, H, "x", x);
+  check_state(op, "restart", networks.first(op, "restart", restart), sizes, H, "x", x);
+  check_state(op, "mask", networks.first(op, "mask", mask), sizes, H, "x", x);
+  check("noise", noise, sizes.shape(H), "of h");
 
-  Tensor h = at::empty(sizes.shape(H), x.options());
+  Tensor h = at::empty(networks.shape(sizes.shape(H)), x.options());
   Tensor f = alpha ? at::empty_like(h) : at::empty({0}, x.options());
+  const auto state_shape = networks.shape(sizes.state_shape(H));
   if (h.numel() == 0)
-    return {
-        h,
-        h0 ? h0->clone(at::MemoryFormat::Contiguous) : at::zeros(sizes.state_shape(H), x.options()),
-        f};
-  Tensor h_n = at::empty(sizes.state_shape(H), x.options());
+    return {h, h0 ? h0->clone(at::MemoryFormat::Contiguous) : at::zeros(state_shape, x.options()),
+            f};
+  Tensor h_n = at::empty(state_shape, x.options());
 
-  const Tensor x_rows = with_feature_rows(x), weight_ih_rows = weight_ih.contiguous(),
-               weight_hh_rows = weight_hh.contiguous();
+  const Tensor x_rows = with_feature_rows(x), weight_ih_rows = with_contiguous_matrices(weight_ih),
+               weight_hh_rows = with_contiguous_matrices(weight_hh);
   const OptionalTensor h0_rows = with_feature_rows(h0), restart_rows = with_feature_rows(restart),
                        mask_rows = with_feature_rows(mask), noise_rows = with_feature_rows(noise),
                        alpha_row = with_feature_rows(alpha);
@@ -54,25 +49,28 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
                        bias_hh_row = with_feature_rows(bias_hh);
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
-    ForwardProblem<S> problem;
-    problem.schedule = schedule.schedule;
-    problem.I = I;
-    problem.H = H;
-    problem.activation = activation;
-    problem.alpha = alpha ? const_data_of<Compute<S>>(*alpha_row) : nullptr;
-    problem.x = rows_of<S>(x_rows);
-    problem.h0 = rows_of<S>(h0_rows);
-    problem.restart = rows_of<S>(restart_rows);
-    problem.mask = rows_of<S>(mask_rows);
-    problem.noise = rows_of<S>(noise_rows);
-    problem.weight_ih = const_data_of<S>(weight_ih_rows);
-    problem.weight_hh = const_data_of<S>(weight_hh_rows);
-    problem.bias[0] = bias_ih ? const_data_of<S>(*bias_ih_row) : nullptr;
-    problem.bias[1] = bias_hh ? const_data_of<S>(*bias_hh_row) : nullptr;
-    problem.h = output_rows_of<S>(h);
-    problem.h_n = data_of<S>(h_n);
-    problem.f = output_rows_of<S>(f);
-    backend_of<S>(x).rnn_forward(problem, x);
+    const int64_t work = sizes.rows() * H * (H + I);
+    for_each_network(x, networks, work, [&](const Operands& network, const Parallel& threads) {
+      ForwardProblem<S> problem;
+      problem.schedule = schedule.of(network);
+      problem.I = I;
+      problem.H = H;
+      problem.activation = activation;
+      problem.alpha = network.data<Compute<S>>(alpha_row);
+      problem.x = network.rows<S>(x_rows);
+      problem.h0 = network.rows<S>(h0_rows);
+      problem.restart = network.rows<S>(restart_rows);
+      problem.mask = network.rows<S>(mask_rows);
+      problem.noise = network.rows<S>(noise_rows);
+      problem.weight_ih = network.data<S>(weight_ih_rows);
+      problem.weight_hh = network.data<S>(weight_hh_rows);
+      problem.bias[0] = network.data<S>(bias_ih_row);
+      problem.bias[1] = network.data<S>(bias_hh_row);
+      problem.h = network.output_rows<S>(h);
+      problem.h_n = network.output<S>(h_n);
+      problem.f = network.output_rows<S>(f);
+      backend_of<S>(x).rnn_forward(problem, x, threads);
+    });
   });
   return {h, h_n, f};
 }

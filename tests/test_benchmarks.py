@@ -152,6 +152,17 @@ def test_memory_of_a_step():
     assert extra < 2**20
 
 
+@pytest.mark.parametrize("group", ["ensemble", "samples", "second"])  # compile takes a minute
+def test_transforms(group, tmp_path):
+    path = tmp_path / "machine.csv"
+    command = ("transforms.py", "--groups", group, "--seconds", 0, "--csv", path)
+    python(BENCHMARKS / command[0], *command[1:], check=True)
+    rows = read(path)
+    assert {row["group"] for row in rows} == {group}
+    for row in rows:
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+
+
 def test_checkpointing(tmp_path):
     path = tmp_path / "machine.csv"
     sizes = ("--sizes", 400, 2, 3, 4)

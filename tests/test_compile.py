@@ -465,6 +465,7 @@ def opcheck(p):
     for operator, arguments, options in [
         (OPERATORS.rnn, p.operands, p.layer_options),
         (OPERATORS.rnn, leaves.operands, p.layer_options),
+        (OPERATORS.rnn_with_f, leaves.operands, p.layer_options),
         (OPERATORS.rnn_forward, p.operands, p.forward_options),
         (OPERATORS.rnn_backward, given, p.backward_options | wanted),
         (OPERATORS.adjoint_scan, (p.grad_h, p.gate, p.weight_hh), p.adjoint_options),
@@ -479,4 +480,11 @@ def test_every_operator_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("torch_bptt::")
     }
-    assert names == {"rnn", "rnn_forward", "rnn_backward", "adjoint_scan", "tangent_scan"}
+    assert names == {
+        "rnn",
+        "rnn_with_f",
+        "rnn_forward",
+        "rnn_backward",
+        "adjoint_scan",
+        "tangent_scan",
+    }

@@ -83,7 +83,7 @@ def anchors(page):
 @pytest.mark.parametrize("page", MARKDOWN, ids=name)
 def test_links_lead_somewhere(page):
     for match, path, anchor, _ in sources.links(page):
-        # Sphinx makes pages of files alone: a folder may be linked only where GitHub shows the page.
+        # Sphinx makes pages of files alone; where GitHub shows a page, a folder may be linked.
         found = Path.is_file if page in PAGES else Path.exists
         assert path is None or found(path), match[0]
         target = page if match[1].startswith("#") else path

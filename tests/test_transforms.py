@@ -5,6 +5,7 @@ import gc
 import resource
 import threading
 
+import plain
 import pytest
 import torch
 from pairs import assert_same, assert_same_run, pair, randn, run
@@ -196,6 +197,92 @@ def test_gradient_of_each_sample(layers, bidirectional):
         expected = grad(lambda p, x=sample: loss_of(ours, p, x))(parameters)
         for name in parameters:
             assert_same(name, got[name][i], expected[name])
+
+
+OPTIONS = [{}, {"num_layers": 2, "bidirectional": True}, {"alpha": 0.4, "truncate": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("penalty", ["grad", "vmap of grad", "ensemble", "samples of an ensemble"])
+def test_autograd_comes_back_to_what_torch_func_has_differentiated(options, penalty):
+    """torch.func computes a gradient by the fused operator; here it is differentiated after all."""
+    net = RNN(2, 3, dtype=torch.float64, **options)
+    x = randn(4, 5, 2).requires_grad_()  # 4 samples
+
+    def loss(run, p, x):
+        output, h_n = run(p, x)
+        return output.pow(2).sum() + h_n.sum()
+
+    def ours(p, x):
+        return functional_call(net, p, (x,))
+
+    def loop(p, x):
+        copy = RNN(2, 3, dtype=torch.float64, **options)
+        for name, value in p.items():
+            delattr(copy, name)
+            setattr(copy, name, value)
+        output, h_n = plain.run(copy, x[:, None])
+        return output[:, 0], h_n[:, 0]
+
+    stacked = {
+        name: torch.stack([p, -p]).detach().requires_grad_() for name, p in net.named_parameters()
+    }
+    leaves = [x, *stacked.values()]
+
+    def chosen(network, samples):
+        return {name: p[network] for name, p in stacked.items()}, x[samples]
+
+    of_sample = grad(lambda p, x: loss(ours, p, x))
+    if penalty == "grad":
+        got = [of_sample(*chosen(0, 0))]
+        which = [(0, 0)]
+    elif penalty == "vmap of grad":
+        got = unstacked(vmap(of_sample, (None, 0))(*chosen(0, slice(None))))
+        which = [(0, i) for i in range(4)]
+    elif penalty == "ensemble":
+        got = unstacked(vmap(of_sample, (0, None))(stacked, x[0]))
+        which = [(0, 0), (1, 0)]
+    else:
+        nested = vmap(vmap(of_sample, (None, 0)), (0, None))(stacked, x)
+        got = [g for network in unstacked(nested) for g in unstacked(network)]
+        which = [(network, i) for network in range(2) for i in range(4)]
+    expected = []
+    for pair_of in which:
+        p, sample = chosen(*pair_of)
+        grads = torch.autograd.grad(loss(loop, p, sample), list(p.values()), create_graph=True)
+        expected.append(dict(zip(p, grads, strict=True)))
+    for mine, other in zip(got, expected, strict=True):
+        for name in stacked:
+            assert_same(name, mine[name], other[name])
+    totals = [
+        sum(g.pow(2).sum() for each in grads for g in each.values()) for grads in (got, expected)
+    ]
+    results = [torch.autograd.grad(t, leaves, materialize_grads=True) for t in totals]
+    for name, mine, other in zip(["x", *stacked], *results, strict=True):
+        assert_same(f"second derivative of {name}", mine, other)
+
+
+def unstacked(tensors):
+    sizes = {len(t) for t in tensors.values()}
+    return [{name: t[i] for name, t in tensors.items()} for i in range(sizes.pop())]
+
+
+def test_autograd_inside_of_torch_func():
+    """create_graph at the level that torch.func.grad then differentiates."""
+    net, x = RNN(2, 3, dtype=torch.float64), randn(5, 1, 2)
+
+    def norm_of_gradient(weight, run):
+        net_with = RNN(2, 3, dtype=torch.float64)
+        net_with.load_state_dict(net.state_dict())
+        del net_with.weight_hh_l0
+        net_with.weight_hh_l0 = weight
+        output, _ = run(net_with, x)
+        (inner,) = torch.autograd.grad(output.pow(2).sum(), weight, create_graph=True)
+        return inner.pow(2).sum() + output.sum()
+
+    weight = net.weight_hh_l0.detach()
+    got = grad(lambda w: norm_of_gradient(w, lambda net, x: net(x)))(weight)
+    assert_same("weight_hh", got, grad(lambda w: norm_of_gradient(w, plain.run))(weight))
 
 
 def test_vmap_over_inputs_states_and_networks():

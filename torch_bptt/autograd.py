@@ -10,6 +10,7 @@ so autograd closes the circle and no derivative has a formula of its own.
 """
 
 import dataclasses
+import itertools
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import Function
 
-from torch_bptt.operators import ops
+from torch_bptt.operators import RESULTS, ROWS, ops, unfold
 from torch_bptt.reference import activations
 
 
@@ -280,28 +281,35 @@ def _refuse_compiled_transforms() -> None:
 
 def transformed() -> bool:
     """Whether torch rewrites what runs now."""
-    return torch.compiler.is_compiling() or _needs_function()
+    return torch._C._are_functorch_transforms_active() or (
+        torch.compiler.is_compiling() or _needs_function()
+    )
 
 
 def _needs_function() -> bool:
-    """Whether that takes a Function in Python.
+    """Whether that takes a Function in Python, as forward mode does.
 
-    Else an operator whose node in the graph is in C++ will do, which takes less time. torch.compile
-    and torch.export see through it.
+    Else an operator whose node in the graph is in C++ will do, which takes less time.
+    torch.compile, torch.export and the other transforms of torch.func see through it.
     """
     if torch.compiler.is_compiling():
         _refuse_compiled_transforms()
         return False
-    if torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0:
         _refuse_nested_forward_mode()
         return True
-    return (
-        forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        # torch.utils.checkpoint stops a second forward by an exception out of such a hook, which
-        # leaves a node in C++ half made, in a cycle with its output that nothing frees.
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    )
+    return torch.jit.is_tracing()
+
+
+def _differentiates_once() -> bool:
+    """Whether nothing but one torch.func.grad (vjp, jacrev) is around.
+
+    It asks for the graph of its backward, which it needs only where autograd outside of it comes
+    back to it.
+    """
+    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
+    grads = kinds.count(_functorch.TransformType.Grad)
+    return grads == 1 and _functorch.TransformType.Jvp not in kinds
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -421,20 +429,18 @@ class RNNForward(Function):
 
 def _fused_backward(
     grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f,
-    options, wanted, run=None,
+    options, wanted,
 ):  # fmt: skip
     """The gradients of x, h0, ... of which wanted has flags, None where not, by one operator.
 
     They are those of RNNForward's first nine arguments.
     """
-    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *others = wanted
-    flags = of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh, *others
-    grads = (run or RNNBackward.forward)(
-        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
-        mask, options, list(flags),
+    grads = ops.rnn_backward.default(
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation,
+        _of_operator(wanted), batch_sizes, keep, alpha, restart, mask, options.reverse,
+        options.truncate, options.clip,
     )  # fmt: skip
-    grads = (*grads[:5], *grads[4:])  # one for both biases
-    return tuple(grad if flag else None for grad, flag in zip(grads, wanted, strict=True))
+    return _of_layer(grads, wanted)
 
 
 def backward_with_graph(
@@ -446,15 +452,99 @@ def backward_with_graph(
     Called from ``csrc/autograd.cpp`` too, with options as a plain tuple.
     """
     options = Options(*options)
-    if options.clip is not None:
+    if options.clip is not None and forward_ad._current_level >= 0:
+        _refuse_second_derivative_of_clip()
+    if options.clip is not None or _differentiates_once():
         return _fused_backward(
             grad_h, grad_h_n, x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask,
-            h, f, options, wanted, RNNBackward.apply,
+            h, f, options, wanted,
         )  # fmt: skip
-    (
-        of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, of_alpha, of_restart,
-        of_probe,
-    ) = wanted  # fmt: skip
+    grads = _graph(
+        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
+        mask, options, _of_operator(wanted), 0,
+    )  # fmt: skip
+    return _of_layer(grads, wanted)
+
+
+def second_backward(tensors, options, wanted, parts, needed, grads):
+    """The gradients of what the operator rnn_backward reads, None where not needed.
+
+    Called from ``csrc/autograd.cpp``, where the operator was used for its speed and is to be
+    differentiated all the same: its results are computed anew, as ``_graph`` of its inputs.
+
+    Arguments:
+        tensors: grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha,
+            restart, mask.
+        options, wanted, parts: its other arguments.
+        needed: a flag for each of the tensors.
+        grads: the gradients of its results, None where they have none.
+    """
+    options = Options(*options)
+    if options.clip is not None:
+        _refuse_second_derivative_of_clip()
+    grads = *grads, None  # norms have none
+    given = [grad is not None and flag for grad, flag in zip(grads, wanted, strict=True)]
+    differentiable = [i for i, flag in enumerate(needed) if flag]
+    result = [None] * len(tensors)
+    if not any(given):
+        return result
+
+    def results(*inputs):
+        mixed = list(tensors)
+        for i, tensor in zip(differentiable, inputs, strict=True):
+            mixed[i] = tensor
+        return tuple(grad for grad in _graph(*mixed, options, given, parts) if grad is not None)
+
+    _, vjp = torch.func.vjp(results, *(tensors[i] for i in differentiable))
+    cotangents = tuple(grad for grad, flag in zip(grads, given, strict=True) if flag)
+    for i, grad in zip(differentiable, vjp(cotangents), strict=True):
+        result[i] = grad
+    return result
+
+
+def _refuse_second_derivative_of_clip():
+    raise NotImplementedError(
+        "clip_grad_h: a second derivative through clipped gradients is not supported; "
+        "use clip_grad_h=None, or clip the parameters' gradients after backward"
+    )
+
+
+def _of_operator(wanted) -> list[bool]:
+    """Which results of the operator the layer's arguments need: one will do for both biases."""
+    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, *others = wanted
+    return [of_x, of_h0, of_weight_ih, of_weight_hh, of_bias_ih or of_bias_hh, *others]
+
+
+def _of_layer(grads, wanted):
+    grads = (*grads[:5], *grads[4:])
+    return tuple(grad if flag else None for grad, flag in zip(grads, wanted, strict=True))
+
+
+def _graph(
+    grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask,
+    options, wanted, parts,
+):  # fmt: skip
+    """What the operator rnn_backward computes, as a function that can be differentiated."""
+    tensors = dict(
+        grad_h=grad_h, grad_h_n=grad_h_n, x=x, h0=h0, h=h, f=f, weight_ih=weight_ih,
+        weight_hh=weight_hh, keep=keep, alpha=alpha, restart=restart, mask=mask,
+    )  # fmt: skip
+    if weight_hh.dim() == 3:  # networks side by side
+        dims = {name: None if tensor is None else 0 for name, tensor in tensors.items()}
+        return _graph_of_each(tensors, dims, 0, 0, batch_sizes, options, wanted, parts)
+    if parts:
+        dims = dict.fromkeys(tensors)
+        for name, where in ROWS.items():
+            if tensors.get(name) is not None:
+                tensors[name], dims[name] = unfold(tensors[name], parts, where)
+        if batch_sizes is not None:
+            batch_sizes = batch_sizes // parts
+        grads = _graph_of_each(tensors, dims, -2, -1, batch_sizes, options, wanted, 0)
+        return tuple(
+            grad.flatten(where - 1, where) if grad is not None and where else grad
+            for grad, where in zip(grads, (-2, -2, 0, 0, 0, 0, -2, -1), strict=True)
+        )
+    of_x, of_h0, of_weight_ih, of_weight_hh, of_bias, of_alpha, of_restart, of_norms = wanted
     links = Links.of(x, batch_sizes, keep, mask, options)
     with _in_own_dtype(x):
         g = torch.zeros_like(h) if grad_h is None else grad_h
@@ -464,18 +554,32 @@ def backward_with_graph(
         gate, y = _gate(options, alpha, h, f, p)
         d, d0, d_restart = adjoint_scan(g, gate, weight_hh, alpha, links)
         du = gate * d
-        grad_bias = du.flatten(0, -2).sum(0) if of_bias_ih or of_bias_hh else None
         return (
             du @ weight_ih if of_x else None,
             d0 if of_h0 else None,
             _outer(du, x) if of_weight_ih else None,
             _outer(du, links.entering(p)) if of_weight_hh else None,
-            grad_bias if of_bias_ih else None,
-            grad_bias if of_bias_hh else None,
+            du.flatten(0, -2).sum(0) if of_bias else None,
             _sum(d * (y - p), alpha) if of_alpha else None,
             d_restart if of_restart else None,
-            _norms(d) if of_probe else None,
+            _norms(d) if of_norms else None,
         )
+
+
+def _graph_of_each(tensors, dims, rows_dim, numbers_dim, batch_sizes, options, wanted, parts):
+    """``_graph`` mapped over dimensions of its tensors; of its results, rows get theirs there."""
+    of_kind = {"rows": rows_dim, "numbers": numbers_dim, "sums": 0}
+    out_dims = [of_kind[kind] for kind in RESULTS["rnn_backward"]]
+
+    def results(tensors):
+        grads = _graph(
+            **tensors, batch_sizes=batch_sizes, options=options, wanted=wanted, parts=parts
+        )
+        return tuple(grad for grad in grads if grad is not None)
+
+    mapped = torch.vmap(results, (dims,), tuple(itertools.compress(out_dims, wanted)))
+    found = iter(mapped(tensors))
+    return tuple(next(found) if flag else None for flag in wanted)
 
 
 def _norms(d: Tensor) -> Tensor:
@@ -487,38 +591,6 @@ def _norms(d: Tensor) -> Tensor:
     largest = d.abs().amax(-1, keepdim=True)
     largest = torch.where((largest > 0) & largest.isfinite(), largest, 1)
     return largest.squeeze(-1) * torch.linalg.vector_norm(d / largest, dim=-1)
-
-
-class RNNBackward(Function):
-    """The fused first derivative; a second one through it is refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, batch_sizes, keep, alpha, restart,
-        mask, options, wanted,
-    ):  # fmt: skip
-        return ops.rnn_backward.default(
-            grad_h, grad_h_n, x, h0, h, f, weight_ih, weight_hh, options.activation, wanted,
-            batch_sizes, keep, alpha, restart, mask, options.reverse, options.truncate,
-            options.clip,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "clip_grad_h: a second derivative through clipped gradients is not supported; "
-            "use clip_grad_h=None, or clip the parameters' gradients after backward"
-        )
-
-    @staticmethod
-    def jvp(ctx, *_):
-        RNNBackward.backward(ctx)
 
 
 class AdjointScan(Function):

@@ -3,6 +3,8 @@
 The operators themselves are in ``csrc``; ``csrc/binding.cpp`` has their schemas.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ ops = torch.ops.torch_bptt
 
 
 def _state_shape(
-    data: Tensor, batch_sizes: Tensor | None, hidden: int, h0: Tensor | None = None
+    data: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor, h0: Tensor | None = None
 ) -> tuple[int, ...]:
     if h0 is not None:
         return h0.shape
@@ -23,7 +25,9 @@ def _state_shape(
         batch = data.shape[-2]
     else:
         batch = batch_sizes[0].item() if batch_sizes.shape[0] else 0  # len() would fix T in a trace
-    return (batch, hidden) if data.dim() == 2 else (1, batch, hidden)
+    *networks, hidden, _ = weight_hh.shape
+    steps = () if data.dim() - len(networks) == 2 else (1,)
+    return (*networks, *steps, batch, hidden)
 
 
 def _computed(x: Tensor) -> torch.dtype:
@@ -45,9 +49,8 @@ def _(
     alpha=None,
     *options,
 ):
-    hidden = weight_hh.shape[0]
-    h = x.new_empty((*x.shape[:-1], hidden))
-    h_n = x.new_empty(_state_shape(x, batch_sizes, hidden, h0))
+    h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1]))
+    h_n = x.new_empty(_state_shape(x, batch_sizes, weight_hh, h0))
     return h, h_n, x.new_empty((0,)) if alpha is None else torch.empty_like(h)
 
 
@@ -64,20 +67,28 @@ def _(
     activation,
     wanted,
     batch_sizes=None,
-    *options,
+    keep=None,
+    alpha=None,
+    restart=None,
+    mask=None,
+    reverse=False,
+    truncate=0,
+    clip=None,
+    parts=0,
 ):
-    hidden = weight_hh.shape[0]
-    state = _state_shape(x, batch_sizes, hidden, h0) if wanted[1] or wanted[6] else ()
+    *networks, hidden, _ = weight_hh.shape
+    state = _state_shape(x, batch_sizes, weight_hh, h0) if wanted[1] or wanted[6] else ()
     grad_x = torch.empty_like(x)
     if x.shape[-1] > 1 and grad_x.stride(-1) != 1:
         grad_x = x.new_empty(x.shape)
+    sums = (*networks, parts) if parts else (*networks,)
     outputs = (
         grad_x,
         x.new_empty(state),
-        x.new_empty(weight_ih.shape),
-        x.new_empty(weight_hh.shape),
-        x.new_empty((hidden,)),
-        x.new_empty((hidden,), dtype=_computed(x)),
+        x.new_empty((*sums, hidden, x.shape[-1])),
+        x.new_empty((*sums, hidden, hidden)),
+        x.new_empty((*sums, hidden)),
+        x.new_empty((*sums, hidden), dtype=_computed(x)),
         x.new_empty(state),
         x.new_empty(x.shape[:-1], dtype=_computed(x)),
     )
@@ -86,7 +97,7 @@ def _(
 
 @torch.library.register_fake("torch_bptt::adjoint_scan")
 def _(g, gate, weight_hh, batch_sizes=None, *options):
-    state = _state_shape(g, batch_sizes, g.shape[-1])
+    state = _state_shape(g, batch_sizes, weight_hh)
     return g.new_empty(g.shape), g.new_empty(state), g.new_empty(state)
 
 
@@ -97,84 +108,106 @@ def _(c, *others):
 
 # ---- vmap ----------------------------------------------------------------------------------------
 #
-# With the same weights for all, the mapped dimension joins the batch: one call over B * G rows.
-# With weights of their own, or weight gradients of their own, each of the G is a call.
+# Two ways, one call each. Where only rows are mapped, the mapped dimension joins the batch, as its
+# fastest part: row b of sample s becomes row b * size + s; of sums over rows, as the gradients of
+# weights are, there is then one for each sample (``parts``). Where weights are mapped, a network
+# for each of them runs side by side.
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int, where: int) -> Tensor | None:
+def in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """With the mapped dimension in front; expanded where it has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def fold(tensor: Tensor, dim: int | None, size: int, where: int) -> Tensor:
     """Joins the mapped dimension to dimension ``where`` (from the end), as its fastest part."""
-    if tensor is None:
-        return None
-    tensor = (
-        tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    )
-    tensor = tensor.movedim(0, where)
+    tensor = in_front(tensor, dim, size).movedim(0, where)
     return tensor.flatten(tensor.dim() + where - 1, tensor.dim() + where)
 
 
-def _unfold(tensor: Tensor, size: int) -> tuple[Tensor, int | None]:
-    """Undoes ``_fold`` for rows of features; the dimension to map over comes with it."""
-    if tensor.dim() == 1:  # not wanted, empty
-        return tensor, None
-    tensor = tensor.unflatten(-2, (-1, size) if tensor.shape[-2] else (0, size))
-    return tensor, tensor.dim() - 2
+def unfold(tensor: Tensor, size: int, where: int) -> tuple[Tensor, int]:
+    """Undoes ``fold``; the dimension to map over comes with the tensor."""
+    rows = tensor.shape[where]
+    tensor = tensor.unflatten(where, (rows // size, size))
+    return tensor, tensor.dim() + where
 
 
-def _register(name: str, rows: set[str], may_fold) -> None:
-    """Registers the vmap rule of an operator.
-
-    Arguments:
-        name: the operator.
-        rows: its arguments that hold rows of features, which the mapped dimension can join.
-        may_fold: whether one call will do with these arguments, if nothing but rows is mapped.
-    """
-    op = getattr(ops, name)
-    arguments = [a.name for a in op.default._schema.arguments]
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-        args = dict(zip(arguments, args, strict=False))
-        dims = dict(zip(arguments, in_dims, strict=False))
-        mapped = {a for a, dim in dims.items() if isinstance(dim, int)}
-        if "batch_sizes" in mapped:
-            raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
-        if mapped <= rows | {"keep"} and may_fold(args):
-            for a in rows & args.keys():
-                tensor, dim = args[a], dims[a]
-                if tensor is not None and tensor.dim() - (dim is not None) == 1:
-                    args[a] = tensor.new_empty((0,))  # f, empty without alpha
-                else:
-                    args[a] = _fold(tensor, dim, size, -2)
-            args["keep"] = _fold(args.get("keep"), dims.get("keep"), size, -1)
-            if args.get("batch_sizes") is not None:
-                args["batch_sizes"] = args["batch_sizes"] * size
-            outputs = op(**args)
-            if isinstance(outputs, Tensor):
-                return _unfold(outputs, size)
-            folded = [_unfold(o, size) for o in outputs]
-            return tuple(o for o, _ in folded), tuple(dim for _, dim in folded)
-        calls = [
-            op(**{a: v.select(dims[a], i) if a in mapped else v for a, v in args.items()})
-            for i in range(size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(each) for each in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-    torch.library.register_vmap(f"torch_bptt::{name}", rule)
-
-
-def _are_rows(wanted: list[bool]) -> bool:
-    """Whether only such gradients are wanted of rnn_backward as have rows of features."""
-    _x, _h0, weight_ih, weight_hh, bias, alpha, _restart, norms = wanted
-    return not (weight_ih or weight_hh or bias or alpha or norms)
-
-
-_register("rnn_forward", {"x", "h0", "restart", "mask", "noise"}, lambda args: True)
-_register(
-    "rnn_backward",
-    {"grad_h", "grad_h_n", "x", "h0", "h", "f", "restart", "mask"},
-    lambda args: _are_rows(args["wanted"]),
+# The arguments that have a row for each of the batch, and where: counted from their end.
+ROWS = {"keep": -1, "probe": -1} | dict.fromkeys(
+    ("x", "h0", "h", "f", "restart", "mask", "noise", "grad_h", "grad_h_n", "g", "gate", "c", "q0"),
+    -2,
 )
-_register("adjoint_scan", {"g", "gate", "mask"}, lambda args: True)
-_register("tangent_scan", {"c", "q0", "gate", "restart", "mask"}, lambda args: True)
+
+# What each result has: "rows" of features, "numbers", one for each row, or "sums" over all rows.
+RESULTS = {
+    "rnn": ("rows",) * 2,
+    "rnn_with_f": ("rows",) * 3,
+    "rnn_forward": ("rows",) * 3,
+    "rnn_backward": ("rows",) * 2 + ("sums",) * 4 + ("rows", "numbers"),
+    "adjoint_scan": ("rows",) * 3,
+    "tangent_scan": ("rows",),
+}
+
+
+def _vmap(name: str, info, in_dims, *values):
+    """An operator for all samples: its results, and the dimension of each to map over."""
+    op = getattr(ops, name).default
+    arguments = op._schema.arguments
+    args = {a.name: a.default_value for a in arguments}
+    args |= zip(args, values, strict=False)
+    dims = dict.fromkeys(args) | dict(zip(args, in_dims, strict=False))
+    mapped = {a for a, dim in dims.items() if isinstance(dim, int)}
+    if "batch_sizes" in mapped:
+        raise NotImplementedError(f"{name}: vmap over batch_sizes is not supported")
+    if "f" in args and args["alpha"] is None:
+        args["f"] = None  # it may be there, with shape (0,)
+    way = _fold_rows if mapped <= ROWS.keys() else _side_by_side
+    args, apart = way(args, dims, info.batch_size)
+    outputs = op(*args.values())
+    if isinstance(outputs, Tensor):
+        return apart("rows", outputs)
+    each = [
+        (o, None) if o.shape == (0,) else apart(kind, o)  # not wanted
+        for kind, o in zip(RESULTS[name], outputs, strict=True)
+    ]
+    return tuple(o for o, _ in each), tuple(dim for _, dim in each)
+
+
+def _fold_rows(args, dims, size):
+    parts = args.get("parts", 0)
+    networks = args["weight_hh"].dim() - 2
+    for a in ROWS.keys() & args.keys():
+        if args[a] is not None:
+            args[a] = fold(args[a], dims[a], size, ROWS[a])
+    if args["batch_sizes"] is not None:
+        args["batch_sizes"] = args["batch_sizes"] * size
+    if "parts" in args:
+        args["parts"] = max(parts, 1) * size
+
+    def apart(kind, output):
+        if kind == "rows":
+            return unfold(output, size, -2)
+        if kind == "numbers":
+            return unfold(output, size, -1)
+        if parts == 0:  # sums are (networks, parts, ...)
+            return output, networks
+        return output.unflatten(networks, (parts, size)), networks + 1
+
+    return args, apart
+
+
+def _side_by_side(args, dims, size):
+    nested = args["weight_hh"].dim() - (dims["weight_hh"] is not None) == 3
+    for a, value in args.items():
+        if isinstance(value, Tensor) and a != "batch_sizes":
+            value = in_front(value, dims[a], size)
+            args[a] = value.flatten(0, 1) if nested else value
+
+    def apart(_, output):
+        return output.unflatten(0, (size, -1)) if nested else output, 0
+
+    return args, apart
+
+
+for _name in RESULTS:
+    torch.library.register_vmap(f"torch_bptt::{_name}", functools.partial(_vmap, _name))

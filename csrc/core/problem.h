@@ -132,10 +132,15 @@ struct ForwardProblem {
 };
 
 // The gradients of all that ForwardProblem reads but mask and noise. A null output is not computed.
+//
+// The batch may consist of parts with sums of their own: row b belongs to part b % parts, every
+// step has as many rows of each, and the gradients of weights, bias and alpha have one more
+// dimension, (parts), in front.
 template <class S>
 struct BackwardProblem {
   Schedule schedule;
   int64_t I = 0, H = 0;
+  int64_t parts = 1;
   Activation activation{};
   const Compute<S>* alpha{};
   double clip = -1;        // >= 0: clamp d_t = dL/dh_t to [-clip, clip] at every step
@@ -148,10 +153,10 @@ struct BackwardProblem {
   Rows<S> grad_x;                         // out, as x
   Rows<S> grad_h0;                        // out (B, H)
   S* grad_restart{};                      // out (B, H) contiguous
-  S* grad_weight_ih{};                    // out (H, I) contiguous
-  S* grad_weight_hh{};                    // out (H, H) contiguous
-  S* grad_bias{};                         // out (H)
-  Compute<S>* grad_alpha{};               // out (H)
+  S* grad_weight_ih{};                    // out (H, I) contiguous, of each part
+  S* grad_weight_hh{};                    // out (H, H) contiguous, of each part
+  S* grad_bias{};                         // out (H), of each part
+  Compute<S>* grad_alpha{};               // out (H), of each part
   Compute<S>* norms{};                    // out (rows): |d_t| of each row, in memory order
 };
 

@@ -18,7 +18,7 @@ class BackwardLoop {
       : p(problem),
         s(problem.schedule),
         parallel(parallel),
-        chunk_rows(rows_per_chunk(s, p.I, p.H)),
+        chunk_rows(chunk_rows_of(p)),
         cut(cut_steps<C>(parallel, s, p.H, 2 * s.rows() * p.H * (p.H + p.I))),
         panels_hh(in_place(p.weight_hh, p.H) ? 0 : Panels<P>::size(p.H, p.H)),
         panels_ih(p.grad_x.data && !in_place(p.weight_ih, p.I) ? Panels<P>::size(p.H, p.I) : 0),
@@ -37,6 +37,15 @@ class BackwardLoop {
  private:
   using C = Compute<S>;
   using P = Operand<S>;
+
+  // Parts with sums of their own need longer chunks: each sum is read and written once a chunk,
+  // which pays for a hundred rows or more.
+  static int64_t chunk_rows_of(const BackwardProblem<S>& p) {
+    const Schedule& s = p.schedule;
+    const int64_t rows = rows_per_chunk(s, p.I, p.H);
+    return p.parts == 1 ? rows : smaller(larger(rows, kPartRows * p.parts), s.rows());
+  }
+  static constexpr int64_t kPartRows = 256;
 
   Panels<P> weight_hh() const {
     return {panels_hh.get(), p.H, p.H, s.B <= kFewRows, false, in_place(p.weight_hh, p.H)};
@@ -71,8 +80,6 @@ class BackwardLoop {
                   p.norms + s.offset(walk.chunk().t0) + mine.begin);
       }
       if (!weights.wanted()) continue;
-      weights.pack(walk.chunk(), du, team);
-      team.wait();
       weights.add(walk.chunk(), du, adjoint.chunk_d(walk), walk.first(), team);
     }
   }

@@ -2,12 +2,19 @@
 // dalpha += sum of d (f - p).
 //
 // The first two are one matrix product each, the rows being the summed index: m p and x are copied
-// into panels, du is read as it lies.
+// into panels, du is read as it lies. Where the batch has parts, each of them is summed by itself.
 #pragma once
 
 #include "team.h"
 
 TORCH_BPTT_KERNELS_BEGIN
+
+// What is summed together: the whole batch by all threads, or one part of it by one of them.
+struct Summed {
+  int64_t part;
+  int64_t scratch;  // each that works at the same time has its own
+  const Team& team;
+};
 
 template <class S>
 class WeightGradients {
@@ -17,70 +24,105 @@ class WeightGradients {
   WeightGradients(const BackwardProblem<S>& problem, int64_t chunk_rows, int threads)
       : p(problem),
         s(problem.schedule),
-        du_pairs(kPairs && products() ? Panels<P>::units(chunk_rows) * p.H : 0),
-        panels_p(p.grad_weight_hh ? Panels<P>::size(chunk_rows, p.H) : 0),
-        panels_x(p.grad_weight_ih ? Panels<P>::size(chunk_rows, p.I) : 0),
-        wide_hh(kNarrow<S> && p.grad_weight_hh ? p.H * p.H : 0),
-        wide_ih(kNarrow<S> && p.grad_weight_ih ? p.H * p.I : 0),
-        column_sum(p.H),
-        bias_total(p.grad_bias ? p.H : 0),
+        part_rows(chunk_rows / p.parts),
+        du_pairs(p, kPairs && products() ? Panels<P>::units(part_rows) * p.H : 0, threads),
+        panels_p(p, p.grad_weight_hh ? Panels<P>::size(part_rows, p.H) : 0, threads),
+        panels_x(p, p.grad_weight_ih ? Panels<P>::size(part_rows, p.I) : 0, threads),
+        column_sum(p, p.H, threads),
+        wide_hh(kNarrow<S> && p.grad_weight_hh ? p.parts * p.H * p.H : 0),
+        wide_ih(kNarrow<S> && p.grad_weight_ih ? p.parts * p.H * p.I : 0),
+        bias_total(p.grad_bias ? p.parts * p.H : 0),
         masked(p.mask.data && p.grad_weight_hh ? threads * kMaskedRows * p.H : 0),
         zeros(p.H) {
     zeros.fill_zero(p.H);
-    if (p.grad_bias) bias_total.fill_zero(p.H);
-    if (p.grad_alpha) std::memset(p.grad_alpha, 0, uint64_t(p.H) * sizeof(C));
+    if (p.grad_bias) bias_total.fill_zero(p.parts * p.H);
+    if (p.grad_alpha) std::memset(p.grad_alpha, 0, uint64_t(p.parts * p.H) * sizeof(C));
   }
 
   bool wanted() const { return products() || p.grad_bias || p.grad_alpha; }
 
-  // The thread's share of what add() reads; du (rows of the chunk, H).
-  void pack(const Chunk& chunk, const P* du, const Team& team) {
-    const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
-    const auto pack_rows = [&](const Panels<P>& panels, const auto& row_of) {
-      const Range mine = team.share(panels.count());
-      if (mine.begin == mine.end) return;
-      int64_t t = chunk.t0, b = 0;
-      panels.pack(mine.begin, mine.end, [&](int64_t k) {
-        const S* row = row_of(t, b, k);
-        if (++b == s.rows_at(t)) b = 0, ++t;
-        return row;
-      });
-    };
-    if (p.grad_weight_hh)
-      pack_rows({panels_p.get(), rows, p.H}, [&](int64_t t, int64_t b, int64_t k) {
-        return p.mask.data ? entering(t, b, k, team) : arriving(t, b);
-      });
-    if (p.grad_weight_ih)
-      pack_rows({panels_x.get(), rows, p.I}, [&](int64_t t, int64_t b, int64_t) {
-        return static_cast<const S*>(s.row(p.x, t, b));
-      });
-    if constexpr (kPairs)
-      if (products()) pair_rows(du, rows, columns_of(team));
-  }
-
-  // Adds the packed chunk to the sums, or starts them: the thread's share of the rows of dW. All
-  // threads must have packed. d is read for the gradient of alpha alone.
-  void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start,
-           const Team& team) const {
-    const int64_t rows = s.offset(chunk.t1) - s.offset(chunk.t0);
-    if (p.grad_weight_hh)
-      add_product({panels_p.get(), rows, p.H}, du, sums(wide_hh, p.grad_weight_hh), start, team);
-    if (p.grad_weight_ih)
-      add_product({panels_x.get(), rows, p.I}, du, sums(wide_ih, p.grad_weight_ih), start, team);
-    if (p.grad_bias) add_bias(du, rows, columns_of(team));
-    if (p.grad_alpha) add_alpha(chunk, d, columns_of(team));
+  // Adds a chunk to the sums, or starts them: the thread's share of the parts, or of the rows of
+  // dW. du (rows of the chunk, H), and so d, which is read for the gradient of alpha alone.
+  void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start, const Team& team) {
+    if (p.parts == 1) {
+      const Summed all{0, 0, team};
+      pack(chunk, du, all, team.index);
+      team.wait();
+      add(chunk, du, d, start, all);
+      return;
+    }
+    Barrier none;
+    const Team alone(0, 1, none);
+    const Range mine = team.share(p.parts);
+    for (int64_t part = mine.begin; part < mine.end; ++part) {
+      const Summed one{part, team.index, alone};
+      pack(chunk, du, one, team.index);
+      add(chunk, du, d, start, one);
+    }
   }
 
   // Rounds the sums of the narrow types into the outputs; all must have added.
   void finish() const {
     if constexpr (kNarrow<S>) {
-      if (p.grad_weight_hh) convert_row(wide_hh.get(), p.grad_weight_hh, p.H * p.H);
-      if (p.grad_weight_ih) convert_row(wide_ih.get(), p.grad_weight_ih, p.H * p.I);
+      if (p.grad_weight_hh) convert_row(wide_hh.get(), p.grad_weight_hh, p.parts * p.H * p.H);
+      if (p.grad_weight_ih) convert_row(wide_ih.get(), p.grad_weight_ih, p.parts * p.H * p.I);
     }
-    if (p.grad_bias) convert_row(bias_total.get(), p.grad_bias, p.H);
+    if (p.grad_bias) convert_row(bias_total.get(), p.grad_bias, p.parts * p.H);
   }
 
  private:
+  // Scratch of the same size for each that works at the same time.
+  template <class E>
+  class Scratch {
+   public:
+    Scratch(const BackwardProblem<S>& p, int64_t size, int threads)
+        : size(size), all((p.parts == 1 ? 1 : threads) * size) {}
+    E* of(const Summed& summed) const { return all.get() + summed.scratch * size; }
+
+   private:
+    const int64_t size;
+    Buffer<E> all;
+  };
+
+  // The thread's share of what add() reads.
+  void pack(const Chunk& chunk, const P* du, const Summed& summed, int thread) {
+    const int64_t rows = rows_of(chunk);
+    const auto pack_rows = [&](const Panels<P>& panels, const auto& row_of) {
+      const Range mine = summed.team.share(panels.count());
+      if (mine.begin == mine.end) return;
+      int64_t t = chunk.t0, b = summed.part;
+      panels.pack(mine.begin, mine.end, [&](int64_t k) {
+        const S* row = row_of(t, b, k);
+        if ((b += p.parts) >= s.rows_at(t)) b = summed.part, ++t;
+        return row;
+      });
+    };
+    if (p.grad_weight_hh)
+      pack_rows({panels_p.of(summed), rows, p.H}, [&](int64_t t, int64_t b, int64_t k) {
+        return p.mask.data ? entering(t, b, k, thread) : arriving(t, b);
+      });
+    if (p.grad_weight_ih)
+      pack_rows({panels_x.of(summed), rows, p.I}, [&](int64_t t, int64_t b, int64_t) {
+        return static_cast<const S*>(s.row(p.x, t, b));
+      });
+    if constexpr (kPairs)
+      if (products()) pair_rows(du, rows, summed);
+  }
+
+  // Adds the packed chunk. All threads of the team must have packed.
+  void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start,
+           const Summed& summed) const {
+    const int64_t rows = rows_of(chunk);
+    if (p.grad_weight_hh)
+      add_product({panels_p.of(summed), rows, p.H}, du,
+                  sums(wide_hh, p.grad_weight_hh) + summed.part * p.H * p.H, start, summed);
+    if (p.grad_weight_ih)
+      add_product({panels_x.of(summed), rows, p.I}, du,
+                  sums(wide_ih, p.grad_weight_ih) + summed.part * p.H * p.I, start, summed);
+    if (p.grad_bias) add_bias(du, rows, summed);
+    if (p.grad_alpha) add_alpha(chunk, d, summed);
+  }
+
   using C = Compute<S>;
   using Unit = typename Product<P>::Unit;
   static constexpr int64_t kTerms = Product<P>::kTerms;
@@ -88,6 +130,15 @@ class WeightGradients {
   static constexpr int64_t kMaskedRows = kTerms;  // as many as are packed at a time
 
   bool products() const { return p.grad_weight_hh || p.grad_weight_ih; }
+
+  // Rows of a part in a chunk, and the k-th of them among those of the whole chunk.
+  int64_t rows_of(const Chunk& chunk) const {
+    return (s.offset(chunk.t1) - s.offset(chunk.t0)) / p.parts;
+  }
+  template <class E>
+  const E* row(const E* chunk, int64_t k, const Summed& summed) const {
+    return chunk + (k * p.parts + summed.part) * p.H;
+  }
 
   Range columns_of(const Team& team) const {
     const Range vectors = team.share((p.H + kLanes<C> - 1) / kLanes<C>);
@@ -101,8 +152,8 @@ class WeightGradients {
   }
 
   // m p_t, in the scratch of the k-th row of the chunk.
-  const S* entering(int64_t t, int64_t b, int64_t k, const Team& team) const {
-    S* to = masked.get() + (team.index * kMaskedRows + k % kMaskedRows) * p.H;
+  const S* entering(int64_t t, int64_t b, int64_t k, int thread) const {
+    S* to = masked.get() + (thread * kMaskedRows + k % kMaskedRows) * p.H;
     const S *mask = p.mask.data + b * p.mask.row, *state = arriving(t, b);
     for_columns<C>(0, p.H, [&](int64_t j, auto lanes) {
       store(to + j, load(mask + j, lanes) * load(state + j, lanes), lanes);
@@ -110,57 +161,62 @@ class WeightGradients {
     return to;
   }
 
-  void pair_rows(const P* du, int64_t rows, Range columns) const {
+  void pair_rows(const P* du, int64_t rows, const Summed& summed) const {
+    const Range columns = columns_of(summed.team);
     for (int64_t k = 0; k < rows; k += kTerms) {
-      const P* pair[] = {du + k * p.H, du + (k + 1) * p.H};
+      const P* pair[] = {row(du, k, summed), row(du, k + 1, summed)};
       for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
         Unit units[kLanes<C>];
         Product<P>::gather(pair, rows - k, j, lanes, units);
-        Unit* to = du_pairs.get() + k / kTerms * p.H + j;
+        Unit* to = du_pairs.of(summed) + k / kTerms * p.H + j;
         __builtin_memcpy(to, units, uint64_t(smaller(columns.end - j, kLanes<C>)) * sizeof(Unit));
       });
     }
   }
 
-  void add_bias(const P* du, int64_t rows, Range columns) const {
-    C* sum = column_sum.get();
+  void add_bias(const P* du, int64_t rows, const Summed& summed) const {
+    const Range columns = columns_of(summed.team);
+    C* sum = column_sum.of(summed);
     for (int64_t r = 0; r < rows; ++r) {
+      const P* terms = row(du, r, summed);
       for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
-        const Vector<C> term = load(du + r * p.H + j, lanes);
+        const Vector<C> term = load(terms + j, lanes);
         store(sum + j, r == 0 ? term : load(sum + j, lanes) + term, lanes);
       });
     }
-    add_columns(bias_total.get(), columns);
+    add_columns(sum, bias_total.get() + summed.part * p.H, columns);
   }
 
-  void add_alpha(const Chunk& chunk, const C* d, Range columns) const {
-    C* sum = column_sum.get();
-    bool first = true;
+  void add_alpha(const Chunk& chunk, const C* d, const Summed& summed) const {
+    const Range columns = columns_of(summed.team);
+    C* sum = column_sum.of(summed);
+    int64_t r = 0;
     for (int64_t t = chunk.t0; t < chunk.t1; ++t) {
-      for (int64_t b = 0; b < s.rows_at(t); ++b, d += p.H) {
+      for (int64_t b = summed.part; b < s.rows_at(t); b += p.parts, ++r) {
         const S *f = s.row(p.f, t, b), *state = arriving(t, b);
+        const C* factors = row(d, r, summed);
         for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
-          const Vector<C> term = load(d + j, lanes) * (load(f + j, lanes) - load(state + j, lanes));
-          store(sum + j, first ? term : load(sum + j, lanes) + term, lanes);
+          const Vector<C> term =
+              load(factors + j, lanes) * (load(f + j, lanes) - load(state + j, lanes));
+          store(sum + j, r == 0 ? term : load(sum + j, lanes) + term, lanes);
         });
-        first = false;
       }
     }
-    add_columns(p.grad_alpha, columns);
+    add_columns(sum, p.grad_alpha + summed.part * p.H, columns);
   }
 
   // total += the sums of the chunk's columns, so that rounding grows with rows and chunks, not with
   // their product.
-  void add_columns(C* total, Range columns) const {
+  static void add_columns(const C* sum, C* total, Range columns) {
     for_columns<C>(columns.begin, columns.end, [&](int64_t j, auto lanes) {
-      store(total + j, load(total + j, lanes) + load(column_sum.get() + j, lanes), lanes);
+      store(total + j, load(total + j, lanes) + load(sum + j, lanes), lanes);
     });
   }
 
   // sum (H, N) += du^T panels, or = where the sums start.
   void add_product(const Panels<P>& panels, const P* du, C* sum, bool start,
-                   const Team& team) const {
-    const Range mine = team.share((p.H + kTileRows - 1) / kTileRows);
+                   const Summed& summed) const {
+    const Range mine = summed.team.share((p.H + kTileRows - 1) / kTileRows);
     C* out[kTileRows];
     for (int64_t column = 0; column < panels.count(); ++column) {
       for (int64_t group = mine.begin; group < mine.end; ++group) {
@@ -172,12 +228,15 @@ class WeightGradients {
                     panels.first_column(column) + panels.columns(column));
         }
         const Unit* columns;
-        if constexpr (kPairs)
-          columns = du_pairs.get() + j;
-        else
-          columns = du + j;
+        int64_t stride = p.H;
+        if constexpr (kPairs) {
+          columns = du_pairs.of(summed) + j;
+        } else {
+          columns = row(du, 0, summed) + j;
+          stride *= p.parts;
+        }
         const auto tile = Tiles<P, Columns>::get(width, panels.vectors(column), false);
-        tile({panels.K, &columns, p.H, panels.rows(column), panels.stride(column),
+        tile({panels.K, &columns, stride, panels.rows(column), panels.stride(column),
               start ? nullptr : out, out, panels.first_column(column), panels.columns(column),
               &lines, nullptr});
       }
@@ -194,8 +253,10 @@ class WeightGradients {
 
   const BackwardProblem<S>& p;
   const Schedule& s;
-  Buffer<Unit> du_pairs, panels_p, panels_x;
-  Buffer<C> wide_hh, wide_ih, column_sum, bias_total;
+  const int64_t part_rows;  // of a chunk at most
+  Scratch<Unit> du_pairs, panels_p, panels_x;
+  Scratch<C> column_sum;
+  Buffer<C> wide_hh, wide_ih, bias_total;
   Buffer<S> masked, zeros;
 };
 

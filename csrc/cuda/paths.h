@@ -31,11 +31,13 @@ Error store_numbers(const int64_t* numbers, int64_t count, int64_t* to, void* st
 template <class S>
 Error entering_rows(const Loop<S>& loop, S* to, void* stream);
 
-// Sums over rows of d (f - p) for each unit, in alpha_sum_parts() parts of H: the gradient of
-// alpha. d has rows of H in memory order; the loop is that of forward.
-int64_t alpha_sum_parts(const Schedule& schedule);
+// Sums over rows of d (f - p) for each unit, the gradient of alpha, of each part of the batch
+// (core/problem.h): groups of steps by parts by H, the groups still to be added up. d has rows of H
+// in memory order; the loop is that of forward.
+int64_t alpha_sum_groups(const Schedule& schedule);
 template <class S>
-Error alpha_sums(const Loop<S>& loop, const Compute<S>* d, Compute<S>* sums, void* stream);
+Error alpha_sums(const Loop<S>& loop, const Compute<S>* d, int64_t parts, Compute<S>* sums,
+                 void* stream);
 
 // |d| of each row of H.
 template <class C>

@@ -37,33 +37,34 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Sums of d (f - p) over the rows of some steps: 32 columns, 8 threads for each.
+// Sums of d (f - p) over the rows of some steps that belong to one part of the batch: 32 columns, 8
+// threads for each.
 template <class S>
 __global__ void __launch_bounds__(256)
-    alpha_sums_kernel(const __grid_constant__ Loop<S> loop, const Compute<S>* d, int64_t steps,
-                      Compute<S>* sums) {
+    alpha_sums_kernel(const __grid_constant__ Loop<S> loop, const Compute<S>* d, int64_t parts,
+                      int64_t steps, Compute<S>* sums) {
   using C = Compute<S>;
   const Schedule& s = loop.schedule;
-  C* const parts = reinterpret_cast<C*>(shared_memory());
-  const int column = int(lane_index()), part = int(warp_index());
-  const int64_t j = int64_t(block_index().x) * 32 + column;
+  C* const partial = reinterpret_cast<C*>(shared_memory());
+  const int column = int(lane_index()), share = int(warp_index());
+  const int64_t part = block_index().x % parts, j = block_index().x / parts * 32 + column;
   const int64_t begin = block_index().y * steps;
   const int64_t end = begin + steps < s.T ? begin + steps : s.T;
   C sum = 0;
   for (int64_t i = begin; i < end; ++i) {
     const Step<S> step(loop, i);
     const int64_t t = s.step(i), rows = s.rows_at(t);
-    for (int64_t b = part; j < loop.H && b < rows; b += 8) {
+    for (int64_t b = share * parts + part; j < loop.H && b < rows; b += 8 * parts) {
       const S* row = step.arriving(b).row;
       const C p = row ? widen(row[j]) : C(0);
       sum += d[(s.offset(t) + b) * loop.H + j] * (widen(s.row(loop.f, t, b)[j]) - p);
     }
   }
-  parts[part * 32 + column] = sum;
+  partial[share * 32 + column] = sum;
   sync_block();
-  if (part > 0 || j >= loop.H) return;
-  for (int other = 1; other < 8; ++other) sum += parts[other * 32 + column];
-  sums[block_index().y * loop.H + j] = sum;
+  if (share > 0 || j >= loop.H) return;
+  for (int other = 1; other < 8; ++other) sum += partial[other * 32 + column];
+  sums[(block_index().y * parts + part) * loop.H + j] = sum;
 }
 
 template <class C>
@@ -117,18 +118,19 @@ Error entering_rows(const Loop<S>& loop, S* to, void* stream) {
   return launch(entering_rows_kernel<S>, how, loop, to);
 }
 
-int64_t alpha_sum_parts(const Schedule& schedule) { return schedule.T < 64 ? schedule.T : 64; }
+int64_t alpha_sum_groups(const Schedule& schedule) { return schedule.T < 64 ? schedule.T : 64; }
 
 template <class S>
-Error alpha_sums(const Loop<S>& loop, const Compute<S>* d, Compute<S>* sums, void* stream) {
-  const int64_t parts = alpha_sum_parts(loop.schedule);
+Error alpha_sums(const Loop<S>& loop, const Compute<S>* d, int64_t parts, Compute<S>* sums,
+                 void* stream) {
+  const int64_t groups = alpha_sum_groups(loop.schedule);
   Launch how;
-  how.grid = {unsigned((loop.H + 31) / 32), unsigned(parts), 1};
+  how.grid = {unsigned((loop.H + 31) / 32 * parts), unsigned(groups), 1};
   how.threads = 256;
   how.shared_bytes = 256 * sizeof(Compute<S>);
   how.stream = stream;
-  const int64_t steps = (loop.schedule.T + parts - 1) / parts;
-  return launch(alpha_sums_kernel<S>, how, loop, d, steps, sums);
+  const int64_t steps = (loop.schedule.T + groups - 1) / groups;
+  return launch(alpha_sums_kernel<S>, how, loop, d, parts, steps, sums);
 }
 
 template <class C>
@@ -142,7 +144,7 @@ Error row_norms(const C* d, int64_t rows, int64_t H, C* norms, void* stream) {
 
 #define TORCH_BPTT_FOR_STORAGE(S)                          \
   template Error entering_rows(const Loop<S>&, S*, void*); \
-  template Error alpha_sums(const Loop<S>&, const Compute<S>*, Compute<S>*, void*);
+  template Error alpha_sums(const Loop<S>&, const Compute<S>*, int64_t, Compute<S>*, void*);
 TORCH_BPTT_FOR_STORAGE(float)
 TORCH_BPTT_FOR_STORAGE(double)
 TORCH_BPTT_FOR_STORAGE(bfloat16)
