@@ -45,12 +45,12 @@ if wish == "1" and not possible:
 cuda = possible and wish != "0" and not on_host
 
 # sm_90a for the H100 and H200; the last one is code that newer devices compile for themselves.
-architectures = [
-    "compute_75,sm_75",
-    "compute_80,sm_80",
-    "compute_90a,sm_90a",
-    "compute_90,compute_90",
-]
+ARCHITECTURES = {
+    "sm_75": "compute_75",
+    "sm_80": "compute_80",
+    "sm_90a": "compute_90a",
+    "compute_90": "compute_90",
+}
 chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # torch makes flags of it
 device_flags = [
     "-std=c++20",
@@ -119,11 +119,7 @@ if on_host:
 extension = (CUDAExtension if cuda else CppExtension)(
     "torch_bptt._C",
     sources=sorted(sources),
-    depends=sorted(
-        name
-        for pattern in ("csrc/**/*.h", "csrc/**/*.cu")
-        for name in glob(pattern, recursive=True)
-    ),
+    depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu")),
     # As system headers torch's own warnings do not count, so that -Werror means ours.
     extra_compile_args={
         "cxx": [
