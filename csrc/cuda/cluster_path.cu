@@ -55,13 +55,20 @@ class TensorProduct {
       return value;
   }
 
-  // Adds two chunks. `rows` is where the rows have them.
+  // Two chunks of the rows, which have them at `rows`.
+  struct Piece {
+    uint32_t of[4];
+  };
+  static constexpr bool kReadAhead = true;  // of a product: the registers suffice
+  static TORCH_BPTT_DEVICE Piece read(const unsigned char* rows, int row_bytes, int lane) {
+    Piece piece;
+    warp_load_matrices(piece.of, rows + lane % 8 * row_bytes + lane / 8 * 16);
+    return piece;
+  }
   TORCH_BPTT_DEVICE void add(const uint32_t (&even)[4], const uint32_t (&odd)[4],
-                             const unsigned char* rows, int row_bytes, int lane) {
-    uint32_t b[4];
-    warp_load_matrices(b, rows + lane % 8 * row_bytes + lane / 8 * 16);
-    multiply(sums[0], even, {b[0], b[1]});
-    multiply(sums[1], odd, {b[2], b[3]});
+                             const Piece& piece) {
+    multiply(sums[0], even, {piece.of[0], piece.of[1]});
+    multiply(sums[1], odd, {piece.of[2], piece.of[3]});
   }
 
   TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
@@ -93,15 +100,24 @@ class PlainProduct {
   }
   static TORCH_BPTT_DEVICE float rounded(float value) { return value; }
 
+  struct Piece {
+    Words4 row[8];
+  };
+  static constexpr bool kReadAhead = false;
+  static TORCH_BPTT_DEVICE Piece read(const unsigned char* rows, int row_bytes, int lane) {
+    Piece piece;
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < 8; ++r) piece.row[r] = load16(rows + r * row_bytes + lane % 4 * 16);
+    return piece;
+  }
   TORCH_BPTT_DEVICE void add(const uint32_t (&low)[4], const uint32_t (&high)[4],
-                             const unsigned char* rows, int row_bytes, int lane) {
+                             const Piece& piece) {
     TORCH_BPTT_UNROLL
     for (int r = 0; r < 8; ++r) {
-      const Words4 piece = load16(rows + r * row_bytes + lane % 4 * 16);
       TORCH_BPTT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sums[r][0] += as_float(low[i]) * as_float(piece.word[i]);
-        sums[r][1] += as_float(high[i]) * as_float(piece.word[i]);
+        sums[r][0] += as_float(low[i]) * as_float(piece.row[r].word[i]);
+        sums[r][1] += as_float(high[i]) * as_float(piece.row[r].word[i]);
       }
     }
   }
@@ -200,6 +216,19 @@ TORCH_BPTT_DEVICE void send_letter(Remote to, const Elements<S, kQuad>& letter, 
   }
 }
 
+// ---- the product --------------------------------------------------------------------------------
+
+template <class Piece, int N, class Read>
+TORCH_BPTT_DEVICE void read_pieces(Piece (&pieces)[N], int chunk, Read read) {
+  TORCH_BPTT_UNROLL
+  for (int i = 0; i < N; ++i) pieces[i] = read(chunk + 2 * i);
+}
+template <class Piece, int N>
+TORCH_BPTT_DEVICE void copy_pieces(Piece (&to)[N], const Piece (&from)[N]) {
+  TORCH_BPTT_UNROLL
+  for (int i = 0; i < N; ++i) to[i] = from[i];
+}
+
 // ---- the loop -----------------------------------------------------------------------------------
 
 template <class S, class Product>
@@ -283,6 +312,9 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
     Inputs<S, kQuad> inputs;
     if (mine && b < step.rows()) inputs = step.template inputs<kQuad>(b, j, count);
+    const bool goes_on = mine && !last && b < next.rows();
+    const Arriving<S> next_from = goes_on ? next.arriving(b) : Arriving<S>{};
+    const S* const next_mask = goes_on ? next.mask(b) : nullptr;
     if (thread == 0 && !last)
       arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
@@ -291,21 +323,32 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     for (int r = 0; r < rows; r += ClusterLayout::kTileRows) {
       const unsigned char* const from =
           place(s) + r * layout.row_bytes + part * chunks * ClusterLayout::kChunkBytes;
+      const auto read = [&](int chunk) {
+        return Product::read(from + chunk * ClusterLayout::kChunkBytes, layout.row_bytes, lane);
+      };
       Product product;
+      typename Product::Piece ahead[kUnrolled / 2];
+      if constexpr (Product::kReadAhead) read_pieces(ahead, 0, read);
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
-        if (group >= chunks) break;
+        typename Product::Piece pieces[kUnrolled / 2];
+        if constexpr (Product::kReadAhead) {
+          copy_pieces(pieces, ahead);
+          if (group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks)
+            read_pieces(ahead, group + kUnrolled, read);
+        } else {
+          read_pieces(pieces, group, read);
+        }
         TORCH_BPTT_UNROLL
-        for (int chunk = group; chunk < group + kUnrolled; chunk += 2)
-          product.add(weight[chunk], weight[chunk + 1], from + chunk * ClusterLayout::kChunkBytes,
-                      layout.row_bytes, lane);
+        for (int k = 0; k < kUnrolled; k += 2)
+          product.add(weight[group + k], weight[group + k + 1], pieces[k / 2]);
+        if (group + kUnrolled >= chunks) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
       for (int chunk = kRegisterChunks; chunk < chunks; chunk += 2) {
         const Words4 even = more_weight[(chunk - kRegisterChunks) * kWarp],
                      odd = more_weight[(chunk + 1 - kRegisterChunks) * kWarp];
-        product.add(even.word, odd.word, from + chunk * ClusterLayout::kChunkBytes,
-                    layout.row_bytes, lane);
+        product.add(even.word, odd.word, read(chunk));
       }
       product.store(sums + part * layout.part_sums + r * layout.sum_stride + tile * 16,
                     layout.sum_stride, lane);
@@ -324,10 +367,10 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     if (last) continue;
 
     Elements<S, kQuad> letter{};
-    if (b < next.rows()) {
-      state = arriving_elements(next.arriving(b), j, count, &state);
+    if (goes_on) {
+      state = arriving_elements(next_from, j, count, &state);
       arriving = widened(state);
-      letter = entering_elements<Product>(state, next.mask(b), j, count);
+      letter = entering_elements<Product>(state, next_mask, j, count);
     }
     unsigned char* const to = place(s + 1) + row * layout.row_bytes + j * int64_t(sizeof(S));
     for (int block = 0; block < blocks; ++block) {
