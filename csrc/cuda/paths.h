@@ -14,6 +14,8 @@ using Error = const char*;
 
 template <class S>
 Error run_step_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
+template <class S>
+Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
 // Not float64.
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
