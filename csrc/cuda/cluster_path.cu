@@ -6,7 +6,7 @@
 // The exchange. What enters step s (counted from the launch's first) lies in place s % 2 of every
 // block, and box s % 2 tells when all of it has come. Why two places and two boxes suffice:
 //
-//   (1) A block's wait for step s ends when the letters of all quads of all blocks have come. A
+//   (1) A block's wait for step s ends when the letters of all units of all blocks have come. A
 //       thread sends its letters for s after the barrier of step s - 1, which all warps of its
 //       block pass after they have read place (s - 1) % 2. So when the wait for s ends anywhere,
 //       all blocks have read what entered s - 1.
@@ -173,6 +173,8 @@ TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int unit0, int l
 // ---- states -------------------------------------------------------------------------------------
 
 constexpr int kQuad = ClusterLayout::kQuad;
+// Steps ahead that the inputs are brought into the cache: a step takes about as long as memory.
+constexpr int kPrefetched = 3;
 
 // Elements [j, j + N) of what arrives at a step, of a row that exists there. `fresh` is the state
 // before it where that has just been computed.
@@ -202,19 +204,29 @@ TORCH_BPTT_DEVICE Elements<S, N> entering_elements(Elements<S, N> p, const S* ma
   return p;
 }
 
-// A letter: a quad of a row.
+// A letter: 16 bytes of a row. Of 2-byte types that is two quads, and the two threads that have
+// them share the receivers.
 template <class S>
-TORCH_BPTT_DEVICE void send_letter(Remote to, const Elements<S, kQuad>& letter, Remote box) {
-  if constexpr (sizeof(S) == 4) {
-    send(to,
-         Words4{{as_bits(letter[0]), as_bits(letter[1]), as_bits(letter[2]), as_bits(letter[3])}},
-         box);
-  } else {
-    const uint32_t low = letter[0].bits | uint32_t(letter[1].bits) << 16,
-                   high = letter[2].bits | uint32_t(letter[3].bits) << 16;
-    send(to, low | uint64_t(high) << 32, box);
+struct Letter {
+  static constexpr int kThreads = 4 / sizeof(S), kElements = 16 / sizeof(S);
+  Words4 text;
+
+  // Called by whole warps.
+  TORCH_BPTT_DEVICE explicit Letter(const Elements<S, kQuad>& quad) {
+    if constexpr (kThreads == 1) {
+      TORCH_BPTT_UNROLL
+      for (int e = 0; e < 4; ++e) text.word[e] = as_bits(quad[e]);
+    } else {
+      const uint32_t low = quad[0].bits | uint32_t(quad[1].bits) << 16,
+                     high = quad[2].bits | uint32_t(quad[3].bits) << 16;
+      const uint32_t other_low = warp_shuffle_xor(low, 1), other_high = warp_shuffle_xor(high, 1);
+      if (lane_index() % 2 == 0)
+        text = {{low, high, other_low, other_high}};
+      else
+        text = {{other_low, other_high, low, high}};
+    }
   }
-}
+};
 
 // ---- the product --------------------------------------------------------------------------------
 
@@ -275,9 +287,10 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
   // The quad that this thread finishes, and how many of its elements there are.
   const int row = thread * kQuad / layout.units, unit = thread * kQuad % layout.units;
-  const int64_t b = b0 + row, j = unit0 + unit;
+  const int64_t b = b0 + row;
+  const int j = unit0 + unit, left = int(loop.H) - j;
+  const int count = left < 0 ? 0 : left < kQuad ? left : kQuad;
   const bool mine = row < rows;
-  const int count = int(loop.H - j < 0 ? 0 : loop.H - j < kQuad ? loop.H - j : kQuad);
 
   // Zeros where no units and no rows are; then what enters the first step.
   for (int at = thread * 16; at < 2 * layout.place_bytes; at += int(block_threads()) * 16)
@@ -312,6 +325,8 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
     Inputs<S, kQuad> inputs;
     if (mine && b < step.rows()) inputs = step.template inputs<kQuad>(b, j, count);
+    if (mine && count > 0 && i + kPrefetched < steps.end)
+      Step<S>(loop, i + kPrefetched).prefetch(b, j);
     const bool goes_on = mine && !last && b < next.rows();
     const Arriving<S> next_from = goes_on ? next.arriving(b) : Arriving<S>{};
     const S* const next_mask = goes_on ? next.mask(b) : nullptr;
@@ -331,17 +346,19 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
       if constexpr (Product::kReadAhead) read_pieces(ahead, 0, read);
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
-        typename Product::Piece pieces[kUnrolled / 2];
         if constexpr (Product::kReadAhead) {
+          typename Product::Piece pieces[kUnrolled / 2];
           copy_pieces(pieces, ahead);
           if (group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks)
             read_pieces(ahead, group + kUnrolled, read);
+          TORCH_BPTT_UNROLL
+          for (int k = 0; k < kUnrolled; k += 2)
+            product.add(weight[group + k], weight[group + k + 1], pieces[k / 2]);
         } else {
-          read_pieces(pieces, group, read);
+          TORCH_BPTT_UNROLL
+          for (int k = 0; k < kUnrolled; k += 2)
+            product.add(weight[group + k], weight[group + k + 1], read(group + k));
         }
-        TORCH_BPTT_UNROLL
-        for (int k = 0; k < kUnrolled; k += 2)
-          product.add(weight[group + k], weight[group + k + 1], pieces[k / 2]);
         if (group + kUnrolled >= chunks) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
@@ -355,28 +372,33 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     }
     sync_block();
 
-    if (!mine) continue;
-    Elements<C, kQuad> sum{};
-    TORCH_BPTT_UNROLL_LITTLE
-    for (int p = 0; p < layout.parts; ++p) {
-      const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
-      for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
-    }
     Elements<S, kQuad> state{};
-    if (b < step.rows()) state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+    if (mine && b < step.rows()) {
+      Elements<C, kQuad> sum{};
+      TORCH_BPTT_UNROLL_LITTLE
+      for (int p = 0; p < layout.parts; ++p) {
+        const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
+        for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
+      }
+      state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+    }
     if (last) continue;
 
-    Elements<S, kQuad> letter{};
     if (goes_on) {
       state = arriving_elements(next_from, j, count, &state);
       arriving = widened(state);
-      letter = entering_elements<Product>(state, next_mask, j, count);
+      state = entering_elements<Product>(state, next_mask, j, count);
+    } else {
+      state = {};
     }
-    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j * int64_t(sizeof(S));
-    for (int block = 0; block < blocks; ++block) {
+    warp_sync();
+    const Letter<S> letter(state);
+    if (!mine) continue;
+    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j / Letter<S>::kElements * 16;
+    for (int block = lane % Letter<S>::kThreads; block < blocks; block += Letter<S>::kThreads) {
       // Every block begins with another one, so that not all letters go the same way at once.
       const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
-      send_letter(in_block(peer, to), letter, in_block(peer, &boxes[(s + 1) & 1]));
+      send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
     }
   }
 }

@@ -259,6 +259,11 @@ TORCH_BPTT_DEVICE void wait_copies() {
 #endif
 }
 
+// Has the second-level cache read the line of an address.
+TORCH_BPTT_DEVICE void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // The compiler moves no read across: it has no more of them, and of registers for them, under way
 // than lie between two of these.
 TORCH_BPTT_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
