@@ -10,6 +10,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
 #include <type_traits>
 
 #include "cuda/paths.h"
@@ -37,6 +40,21 @@ constexpr at::ScalarType type_of(Dtype dtype) {
     default:
       return at::kFloat;
   }
+}
+
+// TORCH_BPTT_CUDA_PATH=step|block|cluster: the path to take wherever it can be taken.
+const Path* wished_path() {
+  static const std::optional<Path> wish = []() -> std::optional<Path> {
+    const char* const name = std::getenv("TORCH_BPTT_CUDA_PATH");
+    if (!name || !*name) return std::nullopt;
+    int i = 0;
+    for (const char* known : kPathNames) {
+      if (std::string_view(name) == known) return Path(i);
+      ++i;
+    }
+    TORCH_CHECK_VALUE(false, "TORCH_BPTT_CUDA_PATH must be step, block or cluster, got ", name);
+  }();
+  return wish ? &*wish : nullptr;
 }
 
 // What the parts of one call share.
@@ -116,17 +134,17 @@ class Call {
     task.B = host.B;
     task.H = H;
     task.tf32 = tf32;
-    task.packed = host.offsets;
-    task.carried = loop.alpha || loop.restart_sum;
     Plan plan;
     const DeviceFacts& facts = facts_of(stored.device());
-    TORCH_CHECK(plan_loop(facts, task, &plan), "torch_bptt: no kernel for a device of capability ",
+    TORCH_CHECK(plan_loop(facts, task, &plan, wished_path()), "torch_bptt: no kernel for a device of capability ",
                 facts.capability, " with ", facts.shared_bytes, " bytes of shared memory");
     switch (plan.path) {
       case Path::step:
         return check(run_step_path(loop, steps, plan, stream));
       case Path::block:
+        return check(run_block_path(loop, steps, plan, stream));
       case Path::cluster:
+        if constexpr (sizeof(S) < 8) return check(run_cluster_path(loop, steps, plan, stream));
         break;
     }
     TORCH_CHECK(false, "torch_bptt: the plan chose a path that was not compiled");

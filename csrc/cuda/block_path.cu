@@ -218,7 +218,7 @@ TORCH_BPTT_DEVICE void put(unsigned char* place, const Step<S>& step, int64_t b,
 }
 
 template <class S, class Product>
-__global__ void __launch_bounds__(Product::kThreads)
+__global__ void __launch_bounds__(Product::kThreads, 1)
     block_kernel(const __grid_constant__ Loop<S> loop, Steps steps) {
   using C = Compute<S>;
   constexpr int kGroups = Product::kGroups,
@@ -315,14 +315,17 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
 template <class S, int WIDTH>
 Error run_width(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   if constexpr (sizeof(S) < 8) {
-    if (plan.units == Units::tensor)
-      return plan.rows == 8 ? run_product<S, TensorBlock<S, WIDTH, 8>>(loop, steps, stream)
-                            : run_product<S, TensorBlock<S, WIDTH, 16>>(loop, steps, stream);
+    if (plan.units == Units::tensor && plan.rows == 8)
+      return run_product<S, TensorBlock<S, WIDTH, 8>>(loop, steps, stream);
+    if constexpr (WIDTH <= 128)  // beyond, a thread has registers for eight rows
+      if (plan.units == Units::tensor && plan.rows == 16)
+        return run_product<S, TensorBlock<S, WIDTH, 16>>(loop, steps, stream);
   }
   if constexpr (sizeof(S) >= 4) {
-    if (plan.units == Units::plain)
-      return plan.rows == 1 ? run_product<S, PlainBlock<S, WIDTH, 1>>(loop, steps, stream)
-                            : run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
+    if (plan.units == Units::plain && plan.rows == 1)
+      return run_product<S, PlainBlock<S, WIDTH, 1>>(loop, steps, stream);
+    if (plan.units == Units::plain && plan.rows == 4)
+      return run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
   }
   return "the plan asks for a product that was not compiled";
 }

@@ -39,6 +39,7 @@ enum class Units : int {
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
 
+constexpr const char* kPathNames[] = {"step", "block", "cluster"};
 enum class Path : int {
   step,     // a kernel for each step
   block,    // a block of threads for each few rows of the batch, which runs all steps
@@ -51,8 +52,6 @@ struct Task {
   Dtype dtype{};
   int64_t T = 0, B = 0, H = 0;
   bool tf32 = false;     // products of float32 may round their factors to tf32
-  bool packed = false;   // rows end at different steps
-  bool carried = false;  // alpha, or sums over restarts: more is carried than the state
 };
 
 // The tile of the product that a block of path `step` computes.
@@ -98,8 +97,9 @@ struct Plan {
   double step_ns = 0;  // estimated time of a step
 };
 
-// The fastest path that can do it; false where none can.
-bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan);
+// The path that is estimated fastest; `wish`, if not null, where that one can do it. False where
+// none can.
+bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Path* wish = nullptr);
 // One path; false where it cannot do it.
 bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
