@@ -495,7 +495,7 @@ def test_states_arrive_in_any_order(loops, cluster):
 # Each breaks one step of the argument at the head of cluster_path.cu.
 BROKEN = {
     "one place": ("kPlaces + (s & 1) *", "kPlaces + 0 * (s & 1) *"),
-    "no barrier before the sums are read": ("sync_block();\n\n    if (!mine)", "if (!mine)"),
+    "no barrier before the sums are read": ("sync_block();\n\n    Elements<S", "Elements<S"),
     "no wait": ("if (s > 0) wait_for_mail", "if (s < 0) wait_for_mail"),
     "no meeting before the first letter": ("  sync_cluster();\n", "  sync_block();\n"),
 }

@@ -6,7 +6,7 @@
 // The exchange. What enters step s (counted from the launch's first) lies in place s % 2 of every
 // block, and box s % 2 tells when all of it has come. Why two places and two boxes suffice:
 //
-//   (1) A block's wait for step s ends when the letters of all quads of all blocks have come. A
+//   (1) A block's wait for step s ends when the letters of all units of all blocks have come. A
 //       thread sends its letters for s after the barrier of step s - 1, which all warps of its
 //       block pass after they have read place (s - 1) % 2. So when the wait for s ends anywhere,
 //       all blocks have read what entered s - 1.
@@ -55,13 +55,20 @@ class TensorProduct {
       return value;
   }
 
-  // Adds two chunks. `rows` is where the rows have them.
+  // Two chunks of the rows, which have them at `rows`.
+  struct Piece {
+    uint32_t of[4];
+  };
+  static constexpr bool kReadAhead = true;  // of a product: the registers suffice
+  static TORCH_BPTT_DEVICE Piece read(const unsigned char* rows, int row_bytes, int lane) {
+    Piece piece;
+    warp_load_matrices(piece.of, rows + lane % 8 * row_bytes + lane / 8 * 16);
+    return piece;
+  }
   TORCH_BPTT_DEVICE void add(const uint32_t (&even)[4], const uint32_t (&odd)[4],
-                             const unsigned char* rows, int row_bytes, int lane) {
-    uint32_t b[4];
-    warp_load_matrices(b, rows + lane % 8 * row_bytes + lane / 8 * 16);
-    multiply(sums[0], even, {b[0], b[1]});
-    multiply(sums[1], odd, {b[2], b[3]});
+                             const Piece& piece) {
+    multiply(sums[0], even, {piece.of[0], piece.of[1]});
+    multiply(sums[1], odd, {piece.of[2], piece.of[3]});
   }
 
   TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
@@ -93,15 +100,24 @@ class PlainProduct {
   }
   static TORCH_BPTT_DEVICE float rounded(float value) { return value; }
 
+  struct Piece {
+    Words4 row[8];
+  };
+  static constexpr bool kReadAhead = false;
+  static TORCH_BPTT_DEVICE Piece read(const unsigned char* rows, int row_bytes, int lane) {
+    Piece piece;
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < 8; ++r) piece.row[r] = load16(rows + r * row_bytes + lane % 4 * 16);
+    return piece;
+  }
   TORCH_BPTT_DEVICE void add(const uint32_t (&low)[4], const uint32_t (&high)[4],
-                             const unsigned char* rows, int row_bytes, int lane) {
+                             const Piece& piece) {
     TORCH_BPTT_UNROLL
     for (int r = 0; r < 8; ++r) {
-      const Words4 piece = load16(rows + r * row_bytes + lane % 4 * 16);
       TORCH_BPTT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sums[r][0] += as_float(low[i]) * as_float(piece.word[i]);
-        sums[r][1] += as_float(high[i]) * as_float(piece.word[i]);
+        sums[r][0] += as_float(low[i]) * as_float(piece.row[r].word[i]);
+        sums[r][1] += as_float(high[i]) * as_float(piece.row[r].word[i]);
       }
     }
   }
@@ -157,6 +173,8 @@ TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int unit0, int l
 // ---- states -------------------------------------------------------------------------------------
 
 constexpr int kQuad = ClusterLayout::kQuad;
+// Steps ahead that the inputs are brought into the cache: a step takes about as long as memory.
+constexpr int kPrefetched = 3;
 
 // Elements [j, j + N) of what arrives at a step, of a row that exists there. `fresh` is the state
 // before it where that has just been computed.
@@ -186,18 +204,41 @@ TORCH_BPTT_DEVICE Elements<S, N> entering_elements(Elements<S, N> p, const S* ma
   return p;
 }
 
-// A letter: a quad of a row.
+// A letter: 16 bytes of a row. Of 2-byte types that is two quads, and the two threads that have
+// them share the receivers.
 template <class S>
-TORCH_BPTT_DEVICE void send_letter(Remote to, const Elements<S, kQuad>& letter, Remote box) {
-  if constexpr (sizeof(S) == 4) {
-    send(to,
-         Words4{{as_bits(letter[0]), as_bits(letter[1]), as_bits(letter[2]), as_bits(letter[3])}},
-         box);
-  } else {
-    const uint32_t low = letter[0].bits | uint32_t(letter[1].bits) << 16,
-                   high = letter[2].bits | uint32_t(letter[3].bits) << 16;
-    send(to, low | uint64_t(high) << 32, box);
+struct Letter {
+  static constexpr int kThreads = 4 / sizeof(S), kElements = 16 / sizeof(S);
+  Words4 text;
+
+  // Called by whole warps.
+  TORCH_BPTT_DEVICE explicit Letter(const Elements<S, kQuad>& quad) {
+    if constexpr (kThreads == 1) {
+      TORCH_BPTT_UNROLL
+      for (int e = 0; e < 4; ++e) text.word[e] = as_bits(quad[e]);
+    } else {
+      const uint32_t low = quad[0].bits | uint32_t(quad[1].bits) << 16,
+                     high = quad[2].bits | uint32_t(quad[3].bits) << 16;
+      const uint32_t other_low = warp_shuffle_xor(low, 1), other_high = warp_shuffle_xor(high, 1);
+      if (lane_index() % 2 == 0)
+        text = {{low, high, other_low, other_high}};
+      else
+        text = {{other_low, other_high, low, high}};
+    }
   }
+};
+
+// ---- the product --------------------------------------------------------------------------------
+
+template <class Piece, int N, class Read>
+TORCH_BPTT_DEVICE void read_pieces(Piece (&pieces)[N], int chunk, Read read) {
+  TORCH_BPTT_UNROLL
+  for (int i = 0; i < N; ++i) pieces[i] = read(chunk + 2 * i);
+}
+template <class Piece, int N>
+TORCH_BPTT_DEVICE void copy_pieces(Piece (&to)[N], const Piece (&from)[N]) {
+  TORCH_BPTT_UNROLL
+  for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
 // ---- the loop -----------------------------------------------------------------------------------
@@ -246,9 +287,10 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
   // The quad that this thread finishes, and how many of its elements there are.
   const int row = thread * kQuad / layout.units, unit = thread * kQuad % layout.units;
-  const int64_t b = b0 + row, j = unit0 + unit;
+  const int64_t b = b0 + row;
+  const int j = unit0 + unit, left = int(loop.H) - j;
+  const int count = left < 0 ? 0 : left < kQuad ? left : kQuad;
   const bool mine = row < rows;
-  const int count = int(loop.H - j < 0 ? 0 : loop.H - j < kQuad ? loop.H - j : kQuad);
 
   // Zeros where no units and no rows are; then what enters the first step.
   for (int at = thread * 16; at < 2 * layout.place_bytes; at += int(block_threads()) * 16)
@@ -283,6 +325,11 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
     Inputs<S, kQuad> inputs;
     if (mine && b < step.rows()) inputs = step.template inputs<kQuad>(b, j, count);
+    if (mine && count > 0 && i + kPrefetched < steps.end)
+      Step<S>(loop, i + kPrefetched).prefetch(b, j);
+    const bool goes_on = mine && !last && b < next.rows();
+    const Arriving<S> next_from = goes_on ? next.arriving(b) : Arriving<S>{};
+    const S* const next_mask = goes_on ? next.mask(b) : nullptr;
     if (thread == 0 && !last)
       arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
@@ -291,49 +338,67 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     for (int r = 0; r < rows; r += ClusterLayout::kTileRows) {
       const unsigned char* const from =
           place(s) + r * layout.row_bytes + part * chunks * ClusterLayout::kChunkBytes;
+      const auto read = [&](int chunk) {
+        return Product::read(from + chunk * ClusterLayout::kChunkBytes, layout.row_bytes, lane);
+      };
       Product product;
+      typename Product::Piece ahead[kUnrolled / 2];
+      if constexpr (Product::kReadAhead) read_pieces(ahead, 0, read);
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
-        if (group >= chunks) break;
-        TORCH_BPTT_UNROLL
-        for (int chunk = group; chunk < group + kUnrolled; chunk += 2)
-          product.add(weight[chunk], weight[chunk + 1], from + chunk * ClusterLayout::kChunkBytes,
-                      layout.row_bytes, lane);
+        if constexpr (Product::kReadAhead) {
+          typename Product::Piece pieces[kUnrolled / 2];
+          copy_pieces(pieces, ahead);
+          if (group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks)
+            read_pieces(ahead, group + kUnrolled, read);
+          TORCH_BPTT_UNROLL
+          for (int k = 0; k < kUnrolled; k += 2)
+            product.add(weight[group + k], weight[group + k + 1], pieces[k / 2]);
+        } else {
+          TORCH_BPTT_UNROLL
+          for (int k = 0; k < kUnrolled; k += 2)
+            product.add(weight[group + k], weight[group + k + 1], read(group + k));
+        }
+        if (group + kUnrolled >= chunks) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
       for (int chunk = kRegisterChunks; chunk < chunks; chunk += 2) {
         const Words4 even = more_weight[(chunk - kRegisterChunks) * kWarp],
                      odd = more_weight[(chunk + 1 - kRegisterChunks) * kWarp];
-        product.add(even.word, odd.word, from + chunk * ClusterLayout::kChunkBytes,
-                    layout.row_bytes, lane);
+        product.add(even.word, odd.word, read(chunk));
       }
       product.store(sums + part * layout.part_sums + r * layout.sum_stride + tile * 16,
                     layout.sum_stride, lane);
     }
     sync_block();
 
-    if (!mine) continue;
-    Elements<C, kQuad> sum{};
-    TORCH_BPTT_UNROLL_LITTLE
-    for (int p = 0; p < layout.parts; ++p) {
-      const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
-      for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
-    }
     Elements<S, kQuad> state{};
-    if (b < step.rows()) state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+    if (mine && b < step.rows()) {
+      Elements<C, kQuad> sum{};
+      TORCH_BPTT_UNROLL_LITTLE
+      for (int p = 0; p < layout.parts; ++p) {
+        const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
+        for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
+      }
+      state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+    }
     if (last) continue;
 
-    Elements<S, kQuad> letter{};
-    if (b < next.rows()) {
-      state = arriving_elements(next.arriving(b), j, count, &state);
+    if (goes_on) {
+      state = arriving_elements(next_from, j, count, &state);
       arriving = widened(state);
-      letter = entering_elements<Product>(state, next.mask(b), j, count);
+      state = entering_elements<Product>(state, next_mask, j, count);
+    } else {
+      state = {};
     }
-    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j * int64_t(sizeof(S));
-    for (int block = 0; block < blocks; ++block) {
+    warp_sync();
+    const Letter<S> letter(state);
+    if (!mine) continue;
+    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j / Letter<S>::kElements * 16;
+    for (int block = lane % Letter<S>::kThreads; block < blocks; block += Letter<S>::kThreads) {
       // Every block begins with another one, so that not all letters go the same way at once.
       const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
-      send_letter(in_block(peer, to), letter, in_block(peer, &boxes[(s + 1) & 1]));
+      send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
     }
   }
 }

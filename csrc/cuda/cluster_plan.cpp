@@ -48,7 +48,6 @@ bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
     for (int rows = 8; rows <= 64 && rows < task.B + 8; rows += 8) {
       const ClusterLayout layout(task.H, size_of(task.dtype), cluster, rows);
       if (!layout.fits(device.shared_bytes)) continue;
-      if (int64_t(layout.units) * (cluster - 1) >= task.H) continue;  // the last would have none
       const double step_ns = estimated_step_ns(device, task, units, layout);
       if (plan->blocks && step_ns >= plan->step_ns) continue;
       plan->path = Path::cluster;

@@ -32,11 +32,15 @@ TORCH_BPTT_DEVICE void write_elements(S* to, const Elements<C, N>& values, int c
   for_elements<N>(count, [&](int e) { to[e] = narrow<S>(values[e]); });
 }
 
-// What elements need besides the product; it can be read before the product is there.
+// What elements need besides the product, as it lies in memory: nothing is computed with it before
+// finish(), so that no thread waits for it before.
 template <class S, int N>
 struct Inputs {
-  Elements<Compute<S>, N> added{};  // forward: c + bias + noise; adjoint: g + g_n; tangent: g
-  Elements<Compute<S>, N> gate{};   // adjoint, tangent
+  Elements<Compute<S>, N>
+      few{};  // forward: the sum of the biases; adjoint: g_n, at a row's last step
+  Elements<Compute<S>, N> c{};  // forward
+  Elements<S, N> g{};           // adjoint, tangent; forward: noise
+  Elements<S, N> gate{};        // adjoint, tangent
 };
 
 // The state that arrives at a row.
@@ -92,23 +96,35 @@ class Step {
   // option, so that they overlap.
   template <int N>
   TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count) const {
-    const Schedule& s = l.schedule;
     Inputs<S, N> in;
     if (b >= existing) return in;
-    const auto add = [&](const auto* from) {
-      for_elements<N>(count, [&](int e) { in.added[e] += widen(from[e]); });
+    const auto read = [&](auto& to, const auto* from) {
+      for_elements<N>(count, [&](int e) { to[e] = from[e]; });
     };
+    const auto add = [&](const S* from) {
+      for_elements<N>(count, [&](int e) { in.few[e] += widen(from[e]); });
+    };
+    const S* const g = g_row(b);
+    if (g) read(in.g, g + j);
     if (l.pass == Pass::forward) {
       if (l.bias[0]) add(l.bias[0] + j);
       if (l.bias[1]) add(l.bias[1] + j);
-      if (l.noise.data) add(s.row(l.noise, t, b) + j);
-      add(l.c + (s.offset(t) + b - l.c_first) * l.H + j);
-      return in;
+      read(in.c, c_row(b) + j);
+    } else {
+      if (l.g_n.data && b >= received) add(l.g_n.data + b * l.g_n.row + j);
+      read(in.gate, gate_row(b) + j);
     }
-    if (l.g.data) add(s.row(l.g, t, b) + j);
-    if (l.g_n.data && b >= received) add(l.g_n.data + b * l.g_n.row + j);
-    in.gate = read_elements<N>(s.row(l.gate, t, b) + j, count);
     return in;
+  }
+
+  // Brings closer what inputs() will read.
+  TORCH_BPTT_DEVICE void prefetch(int64_t b, int64_t j) const {
+    if (b >= existing) return;
+    if (const S* const g = g_row(b)) prefetch_line(g + j);
+    if (l.pass == Pass::forward)
+      prefetch_line(c_row(b) + j);
+    else
+      prefetch_line(gate_row(b) + j);
   }
 
   // The product becomes the new state, which is written and returned. `arriving` are these elements
@@ -144,7 +160,7 @@ class Step {
                                                   const Inputs<S, N>& in) const {
     const Schedule& s = l.schedule;
     Elements<C, N> h;
-    for_elements<N>(N, [&](int e) { h[e] = in.added[e] + product[e]; });
+    for_elements<N>(N, [&](int e) { h[e] = in.few[e] + widen(in.g[e]) + in.c[e] + product[e]; });
     switch (l.activation) {
 #define TORCH_BPTT_ENTRY(name, type)                                                   \
   case Activation::name:                                                               \
@@ -169,9 +185,9 @@ class Step {
                                                   const Elements<C, N>& arriving,
                                                   const Inputs<S, N>& in) const {
     Elements<C, N> q;
-    for_elements<N>(N, [&](int e) { q[e] = in.gate[e] * product[e]; });
+    for_elements<N>(N, [&](int e) { q[e] = widen(in.gate[e]) * product[e]; });
     if (l.alpha) for_elements<N>(count, [&](int e) { q[e] += (1 - l.alpha[j + e]) * arriving[e]; });
-    for_elements<N>(N, [&](int e) { q[e] += in.added[e]; });
+    for_elements<N>(N, [&](int e) { q[e] += widen(in.g[e]); });
     const Elements<S, N> state = stored(q);
     copy(l.schedule.row(l.state, t, b) + j, state, count);
     return state;
@@ -214,11 +230,12 @@ class Step {
         d = {};
       }
     }
-    for_elements<N>(N, [&](int e) { d[e] += in.added[e]; });
+    for_elements<N>(N, [&](int e) { d[e] += widen(in.g[e]) + in.few[e]; });
     if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], C(l.clip)); });
     if (l.d_exact.data) write_elements(s.row(l.d_exact, t, b) + j, d, count);
     if (l.d.data) write_elements(s.row(l.d, t, b) + j, d, count);
-    Elements<C, N> gate = in.gate;
+    Elements<C, N> gate;
+    for_elements<N>(N, [&](int e) { gate[e] = widen(in.gate[e]); });
     if (!l.gate_given) {
       switch (l.activation) {
 #define TORCH_BPTT_ENTRY(name, type)                                    \
@@ -250,6 +267,16 @@ class Step {
     }
     if (l.d0.data) write_elements(l.d0.data + b * l.d0.row + j, d, count);
   }
+
+  // Rows of this step. That of noise or g may be absent.
+  TORCH_BPTT_DEVICE const C* c_row(int64_t b) const {
+    return l.c + (l.schedule.offset(t) + b - l.c_first) * l.H;
+  }
+  TORCH_BPTT_DEVICE const S* g_row(int64_t b) const {
+    const Rows<const S>& g = l.pass == Pass::forward ? l.noise : l.g;
+    return g.data ? l.schedule.row(g, t, b) : nullptr;
+  }
+  TORCH_BPTT_DEVICE const S* gate_row(int64_t b) const { return l.schedule.row(l.gate, t, b); }
 
   TORCH_BPTT_DEVICE static const S* given(const Rows<const S>& state, int64_t b) {
     return state.data ? state.data + b * state.row : nullptr;
