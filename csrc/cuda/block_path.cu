@@ -2,8 +2,9 @@
 //
 // The weight stays in registers. What enters a product lies in shared memory, in two places that
 // take turns, so that a step has one barrier: while place i % 2 is read, finished states go to the
-// other one, which nobody has read since the barrier before. Inputs of the next step are read while
-// this one multiplies. A thread finishes four units of a row at a time.
+// other one, which nobody has read since the barrier before. Inputs are brought into the cache some
+// steps ahead, and read while the step before multiplies. A thread finishes four units of a row at
+// a time.
 #include "paths.h"
 #include "step.h"
 
@@ -32,6 +33,7 @@ class TensorBlock {
   static constexpr int kTiles = WIDTH > 128 ? 2 : 1, kThreads = WIDTH / 16 / kTiles * kWarp,
                        kRows = ROWS, kWidth = WIDTH, kRowGroups = ROWS / 8,
                        kGroups = kTiles * kRowGroups;
+  static constexpr bool kReadsAhead = WIDTH <= 128;  // else the weight takes the registers for it
 
   TORCH_BPTT_DEVICE explicit TensorBlock(const Loop<S>& loop) : lane(int(lane_index())) {
     const bool pairs = loop.H % kElements == 0 && reinterpret_cast<uintptr_t>(loop.weight) % 4 == 0;
@@ -141,6 +143,7 @@ class PlainBlock {
   using C = Compute<S>;
   static constexpr int kParts = 8, kThreads = WIDTH / kUnits * kParts, kRows = ROWS, kWidth = WIDTH,
                        kGroups = (ROWS + kParts - 1) / kParts;
+  static constexpr bool kReadsAhead = WIDTH * sizeof(S) <= 512;
 
   TORCH_BPTT_DEVICE explicit PlainBlock(const Loop<S>& loop)
       : part(int(thread_index()) % kParts), first(int(thread_index()) / kParts * kUnits) {
@@ -198,6 +201,8 @@ class PlainBlock {
 };
 
 // ---- the loop -----------------------------------------------------------------------------------
+
+constexpr int64_t kPrefetched = 4;  // steps that inputs are brought closer ahead of time
 
 // What enters a product, at its place.
 template <class S, class Product>
@@ -263,10 +268,15 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     Inputs<S, kUnits> ahead[kGroups];
     TORCH_BPTT_UNROLL
     for (int group = 0; group < kGroups; ++group) {
+      const int64_t b = row_of(group);
+      const int j = product.unit(group), count = count_of(group);
+      if (j % 32 == 0 && i + kPrefetched < steps.end)  // one thread for a line of float32
+        if (const Step<S> later(loop, i + kPrefetched); is_own(later, group)) later.prefetch(b, j);
+      if (!Product::kReadsAhead && i > steps.begin && is_own(step, group))
+        inputs[group] = step.template inputs<kUnits>(b, j, count);
       if (last || !is_own(next, group)) continue;
-      to_come[group] = next.arriving(row_of(group));
-      ahead[group] =
-          next.template inputs<kUnits>(row_of(group), product.unit(group), count_of(group));
+      to_come[group] = next.arriving(b);
+      if (Product::kReadsAhead) ahead[group] = next.template inputs<kUnits>(b, j, count);
     }
     sync_block();
     product.multiply(here);
@@ -278,7 +288,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       if (is_own(step, group))
         state = step.template finish<kUnits>(b, j, count, product.result(group), arriving[group],
                                              inputs[group]);
-      inputs[group] = ahead[group];
+      if (Product::kReadsAhead) inputs[group] = ahead[group];
       if (last || !is_own(next, group)) continue;
       arriving[group] = {};
       if (to_come[group].carried)
@@ -316,15 +326,16 @@ Error run_width(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream
   if constexpr (sizeof(S) < 8) {
     if (plan.units == Units::tensor && plan.rows == 8)
       return run_product<S, TensorBlock<S, WIDTH, 8>>(loop, steps, stream);
-    if constexpr (WIDTH <= 128)  // beyond, a thread has registers for eight rows
+    if constexpr (WIDTH <= 128)  // beyond, a thread has registers for fewer rows
       if (plan.units == Units::tensor && plan.rows == 16)
         return run_product<S, TensorBlock<S, WIDTH, 16>>(loop, steps, stream);
   }
   if constexpr (sizeof(S) >= 4) {
     if (plan.units == Units::plain && plan.rows == 1)
       return run_product<S, PlainBlock<S, WIDTH, 1>>(loop, steps, stream);
-    if (plan.units == Units::plain && plan.rows == 4)
-      return run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
+    if constexpr (WIDTH * sizeof(S) <= 512)
+      if (plan.units == Units::plain && plan.rows == 4)
+        return run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
   }
   return "the plan asks for a product that was not compiled";
 }

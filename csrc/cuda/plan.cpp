@@ -74,8 +74,9 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
   plan->path = Path::block;
   plan->units = tensor ? Units::tensor : Units::plain;
   const int few = tensor ? 8 : 1, many = tensor ? 16 : 4;
-  // Beyond a width of 128 a thread has registers for eight rows.
-  plan->rows = width <= 128 && task.B > few * int64_t(device.multiprocessors) ? many : few;
+  // A wide weight leaves a thread registers for few rows.
+  const bool wide = width * size_of(task.dtype) > 512 || width > 128;
+  plan->rows = !wide && task.B > few * int64_t(device.multiprocessors) ? many : few;
   plan->blocks = ceil_div(task.B, plan->rows);
   plan->threads = int(tensor ? width * 2 / (width > 128 ? 2 : 1) : width * 2);
   plan->shared_bytes = 2 * plan->rows * (width * size_of(task.dtype) + 16);
