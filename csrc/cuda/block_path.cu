@@ -275,8 +275,9 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       if (!Product::kReadsAhead && i > steps.begin && is_own(step, group))
         inputs[group] = step.template inputs<kUnits>(b, j, count);
       if (last || !is_own(next, group)) continue;
+      if (!Product::kReadsAhead) continue;
       to_come[group] = next.arriving(b);
-      if (Product::kReadsAhead) ahead[group] = next.template inputs<kUnits>(b, j, count);
+      ahead[group] = next.template inputs<kUnits>(b, j, count);
     }
     sync_block();
     product.multiply(here);
@@ -290,6 +291,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
                                              inputs[group]);
       if (Product::kReadsAhead) inputs[group] = ahead[group];
       if (last || !is_own(next, group)) continue;
+      if (!Product::kReadsAhead) to_come[group] = next.arriving(b);
       arriving[group] = {};
       if (to_come[group].carried)
         for_elements<kUnits>(kUnits, [&](int e) { arriving[group][e] = widen(state[e]); });
