@@ -25,11 +25,11 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-onnx test-cuda-on-host demo docs figures lint format sanitize bench bench-peers clean
+.PHONY: help build test test-onnx test-frameworks test-cuda-on-host demo docs figures lint format sanitize bench bench-peers clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Variables: PYTHON, PIP_TORCH_ARGS, and those of setup.py (CXX, MAX_JOBS, ...)."
 
 build: $(VENV)/built  ## set up .venv and compile in place
@@ -42,6 +42,12 @@ test-onnx: build  ## tests of the export to ONNX, which `make test` skips
 	$(PIP) install --quiet -r requirements-onnx.txt
 	$(BIN)/python -m pytest tests/test_onnx.py $(ARGS)
 
+# The same goes for these; requirements.txt says that torch stays the one that it is.
+test-frameworks: build  ## tests with Lightning, TorchRL and safetensors, which `make test` skips
+	$(PIP) install --quiet -r requirements-frameworks.txt -c requirements.txt
+	$(BIN)/python -m pytest tests/test_lightning_model.py tests/test_torchrl_policy.py \
+		tests/test_safetensors.py $(ARGS)
+
 # The CUDA kernels as C++ with a thread of the GPU a fiber (tests/cuda_on_host), in a build of their own;
 # every tensor of a test then goes to them. Once on the path that the plan chooses, then on each of them.
 # A barrier or a copy that is missing shows in a random order of the fibers. Left out: tests of what
@@ -50,7 +56,7 @@ ON_HOST    := build/cuda-on-host/lib
 ON_HOST_RUN = OMP_NUM_THREADS=1 PYTHONPATH=$(ON_HOST) PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
 test-cuda-on-host: build  ## tests of the CUDA kernels without a GPU
 	TORCH_BPTT_CUDA_ON_HOST=1 $(BIN)/python setup.py --quiet build --build-lib $(ON_HOST)
-	$(ON_HOST_RUN) tests/test_kernels.py tests/test_options.py tests/test_rnn_module.py \
+	$(ON_HOST_RUN) tests/test_kernels.py tests/test_options.py tests/test_rnn_module.py tests/test_cuda_tf32.py \
 	  -k "not avx and not neither_run_nor_threads" $(ARGS)
 	for path in step block cluster; do \
 	  TORCH_BPTT_CUDA_PATH=$$path TORCH_BPTT_SCHEDULE_SEED=1 $(ON_HOST_RUN) tests/test_kernels.py \

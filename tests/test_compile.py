@@ -432,6 +432,23 @@ def test_second_derivatives_stay_outside():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "num_layers": 2, "bidirectional": True}])
+def test_compiled_autograd(options):
+    """The backward pass of an eager forward, compiled."""
+    net = network(**options)
+    x = randn(7, 6, I).requires_grad_()
+    output, h_n = net(x)
+    loss = output.pow(2).sum() + h_n.sum()
+    tensors = [x, *net.parameters()]
+    eager = torch.autograd.grad(loss, tensors, retain_graph=True)
+    backend = torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.compiled_autograd._enable(backend):
+        loss.backward()
+    for tensor, expected in zip(tensors, eager, strict=True):
+        assert_same("gradient", tensor.grad, expected)
+
+
 # ---- the operators -------------------------------------------------------------------------------
 
 ALL = Case(packed=True, keep=True, alpha=0.3, reverse=True, truncate=2, clip=0.5, extra=True)

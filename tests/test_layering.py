@@ -22,7 +22,8 @@ KNOWS_PYTHON = re.compile(r"pybind11|\bPy(?!Torch)[A-Z]\w+|Python\.h|torch/(exte
 ORDER = [
     "__main__", "bench", "__init__", "rtrl", "tbptt", "convert", "diagnose", "_watch", "_spectrum",
     "_flow", "_plots", "elman", "init", "rnn", "functional", "stretches", "checkpoint", "padded",
-    "layout", "head", "_onnx", "checks", "autograd", "operators", "_extension", "reference", "_C",
+    "layout", "head", "_onnx", "checks", "autograd", "_flops", "operators", "_extension",
+    "reference", "_C",
 ]  # fmt: skip
 
 # What a module uses where it is installed, and does without where it is not.

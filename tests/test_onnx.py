@@ -123,6 +123,17 @@ def test_to_torch(dynamo, tmp_path):
     check(net, path, SHAPES[:1])
 
 
+def test_nn_rnn_is_exported_for_the_length_it_sees(tmp_path):
+    """Whatever dynamic_shapes says: the file is refused sequences of another length."""
+    path = str(tmp_path / "model.onnx")
+    assert "RNN" not in export(nn.RNN(I, H), path)
+    session = onnxruntime.InferenceSession(path)
+    steps, rows = SHAPES[0]
+    assert session.run(None, {"x": torch.zeros(steps, rows + 1, I).numpy()})[0].shape[0] == steps
+    with pytest.raises(Exception, match=f"Got: {steps + 1} Expected: {steps}"):
+        session.run(None, {"x": torch.zeros(steps + 1, rows, I).numpy()})
+
+
 REFUSED = [
     ("alpha must be 1", torch_bptt.RNN(I, H, alpha=0.5)),
     ("reset and lengths must be None", Run(torch_bptt.RNN(I, H), reset=lambda x: x[..., 0] > 0)),

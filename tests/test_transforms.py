@@ -421,15 +421,6 @@ def test_the_number_of_threads_does_not_change_a_bit():
         assert torch.equal(one, two), name
 
 
-def test_deterministic_algorithms():
-    ours, _ = pair(3, 4, 2)
-    torch.use_deterministic_algorithms(True)
-    try:
-        run(ours, randn(5, 2, 3), lengths=[2, 4])
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 # ---- torch.jit and torch.export
 
 
@@ -478,16 +469,6 @@ def test_export_with_a_dynamic_size(dimension):
 
 
 # ---- activation checkpointing
-
-
-def test_activation_checkpointing_is_the_plain_run():
-    ours, _ = pair(3, 4, 2, bidirectional=True)
-
-    def checkpointed(input, hx):
-        return torch.utils.checkpoint.checkpoint(ours, input, hx, use_reentrant=False)
-
-    checkpointed.named_parameters = ours.named_parameters
-    assert_same_run(run(checkpointed, randn(5, 2, 3)), run(ours, randn(5, 2, 3)))
 
 
 def test_activation_checkpointing_leaves_nothing_behind():

@@ -1,5 +1,6 @@
 """torch_bptt: torch.nn.RNN with fused backpropagation through time. Change one import."""
 
+import torch_bptt._flops  # noqa: F401  what the operators count for
 from torch_bptt import diagnose, functional, init, reference, rtrl
 from torch_bptt.convert import convert
 from torch_bptt.elman import ElmanNetwork

@@ -91,11 +91,6 @@ def rnn_layer(
     """
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
     if _needs_function():
-        if torch.onnx.is_in_onnx_export():
-            raise NotImplementedError(
-                "torch.onnx.export: dynamo must be True, as the other exporter knows no operators "
-                "but PyTorch's, got False: or export module.to_torch()"
-            )
         h, h_n, _ = RNNForward.apply(
             *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
         )
@@ -279,10 +274,22 @@ def _refuse_compiled_transforms() -> None:
         )
 
 
+def _refuse_the_old_onnx_exporter() -> None:
+    """It takes the graph of torch.jit.trace, in which a layer is an operator of ours."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "torch.onnx.export: dynamo must be True, as the other exporter knows no operators "
+            "but PyTorch's, got False: or export module.to_torch()"
+        )
+
+
 def transformed() -> bool:
-    """Whether torch rewrites what runs now."""
-    return torch._C._are_functorch_transforms_active() or (
-        torch.compiler.is_compiling() or _needs_function()
+    """Whether torch rewrites, or notes, what runs now."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _needs_function()
     )
 
 
@@ -290,7 +297,8 @@ def _needs_function() -> bool:
     """Whether that takes a Function in Python, as forward mode does.
 
     Else an operator whose node in the graph is in C++ will do, which takes less time.
-    torch.compile, torch.export and the other transforms of torch.func see through it.
+    torch.compile, torch.export and the other transforms of torch.func see through it, and
+    torch.jit.trace can save it.
     """
     if torch.compiler.is_compiling():
         _refuse_compiled_transforms()
@@ -298,7 +306,9 @@ def _needs_function() -> bool:
     if forward_ad._current_level >= 0:
         _refuse_nested_forward_mode()
         return True
-    return torch.jit.is_tracing()
+    if torch.jit.is_tracing():
+        _refuse_the_old_onnx_exporter()
+    return False
 
 
 def _differentiates_once() -> bool:

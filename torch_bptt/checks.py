@@ -7,6 +7,8 @@ import math
 import numbers
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt._extension import _C
@@ -168,13 +170,23 @@ def check_no_lengths(lengths):
         )
 
 
-def check_lengths(lengths, steps, rows, device="cpu"):
+def values_are_unknown(input):
+    """Whether the program is noted rather than run, so that no shape may depend on a value."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_fx_symbolic_tracing()  # by make_fx, which torch.func.linearize uses
+        or isinstance(input, FakeTensor)
+    )
+
+
+def check_lengths(lengths, steps, rows, device=None):
     """lengths as (B,) int64 on the CPU; one number will do for one row.
 
-    Where torch traces the program they go to ``device``, and their values are looked at when it
-    runs.
+    Where values are unknown the caller gives a device: lengths go there, and are looked at when the
+    program runs.
     """
-    traced = torch.compiler.is_compiling()
+    traced = device is not None
 
     def expected():  # called where it is wanted, as a number in a string is a constant to a trace
         return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
@@ -189,6 +201,8 @@ def check_lengths(lengths, steps, rows, device="cpu"):
     if given.shape != (rows,) and not (given.dim() == 0 and rows == 1):
         raise ValueError(f"{expected()}, got {tuple(given.shape)}")
     given = given.to(torch.int64).reshape(rows)
+    if torch.jit.is_tracing():  # it drops an assertion, as nothing uses a result of it
+        return torch.arange(steps + 1, device=given.device).index_select(0, given)
     if traced:
         message = "lengths must lie within the steps of input, expected 0 to the number of steps"
         torch._assert_async(((given >= 0) & (given <= steps)).all(), message)

@@ -218,12 +218,13 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
     if batch_first and reset is not None:
         reset = reset.T
     if lengths is not None:
+        noted = checks.values_are_unknown(input)
         lengths = checks.check_lengths(
-            lengths, steps, input.shape[0 if batch_first else 1], input.device
+            lengths, steps, input.shape[0 if batch_first else 1], input.device if noted else None
         )
     x, padding = input.transpose(0, 1) if batch_first else input, None
     if lengths is not None:
-        if not torch.compiler.is_compiling():
+        if not noted:
             return _run_padded(stack, input, hx, lengths, reset, batch_first)
         padding = Padding.of(lengths, steps)
         x, reset = padding.clear(x), None if reset is None else reset & padding.existing

@@ -1,4 +1,4 @@
-"""Rows of different lengths where torch traces the program: torch.compile and torch.export.
+"""Rows of different lengths where torch notes the program: torch.compile, export, jit.trace.
 
 Elsewhere rows are packed, but then shapes depend on the values of lengths, which a trace does not
 know. Here every row runs for all T steps, and what lies past its end is kept from mattering:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
@@ -181,6 +182,8 @@ class RNN(nn.RNNBase):
             ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
                 or ValueError.
         """
+        if isinstance(input, Proxy) or isinstance(hx, Proxy):
+            return _leaf(self, input, hx, lengths=lengths, reset=reset, need_output=need_output)
         layers = self._layers()
         rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first, hx)
         if hx is not None:
@@ -239,6 +242,12 @@ class RNN(nn.RNNBase):
     def _flat_weights(self, weights):
         """RNNBase assigns its cache; there is none here."""
 
+    def _init_flat_weights(self):
+        """Keep no weak references as RNNBase does: torch.utils.swap_tensors refuses tensors that
+        have any, and a look-up needs none.
+        """
+        self._flat_weight_refs = [None] * len(self._flat_weights_names)
+
     def flatten_parameters(self):
         """Do nothing, for those who call it on torch.nn.RNN: the kernels need no flat copy."""
 
@@ -258,6 +267,7 @@ class RNN(nn.RNNBase):
         if "parametrizations" in own and "alpha" in state["_modules"]["parametrizations"]:
             del missing["alpha"]
         super().__setstate__({**missing, **state})
+        self._init_flat_weights()
 
     @classmethod
     def from_torch(cls, module: nn.RNN) -> "RNN":
@@ -335,6 +345,8 @@ class RNNCell(nn.RNNCellBase):
             ValueError: a wrong number of dimensions.
             RuntimeError: a wrong size, dtype or device; an unknown nonlinearity.
         """
+        if isinstance(input, Proxy) or isinstance(hx, Proxy):
+            return _leaf(self, input, hx)
         weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
         batched = input.dim() == 2
@@ -405,6 +417,13 @@ def _as(cls, module, expected):
     result = cls.__new__(cls)
     result.__setstate__(state)
     return result
+
+
+def _leaf(module, input, hx, **options):
+    """What torch.fx.symbolic_trace notes of a call: one node, as of the modules of torch.nn."""
+    tracer = (input if isinstance(input, Proxy) else hx).tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, (input, hx), options)
 
 
 def _for_script(module):
