@@ -232,7 +232,17 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
   const auto stage_of = [&](int64_t block) {
     return memory + block % kTile.stages * kTile.stage_bytes();
   };
+  const auto row_of = [&](int e) {
+    return (e * kTile.threads + int(thread_index())) / kTile.units;
+  };
+  const auto unit_of = [&](int e) {
+    return (e * kTile.threads + int(thread_index())) % kTile.units;
+  };
   if (row0 < step.rows()) {
+    TORCH_BPTT_UNROLL
+    for (int e = 0; e < kElements; ++e)  // one thread for a line of float32
+      if (unit_of(e) % 32 == 0 && unit0 + unit_of(e) < loop.H)
+        step.prefetch(row0 + row_of(e), unit0 + unit_of(e));
     for (int64_t block = 0; block < kTile.stages - 1 && block < blocks; ++block)
       read_weight<S, TILE>(stage_of(block), loop, unit0, block, aligned);
   }
@@ -268,8 +278,7 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
 
   TORCH_BPTT_UNROLL
   for (int e = 0; e < kElements; ++e) {
-    const int element = e * kTile.threads + int(thread_index());
-    const int row = element / kTile.units, unit = element % kTile.units;
+    const int row = row_of(e), unit = unit_of(e);
     const int64_t b = row0 + row, j = unit0 + unit;
     if (b >= step.rows() || j >= loop.H) continue;
     Elements<C, 1> sum{}, arriving{};
