@@ -1,12 +1,15 @@
 #include "cuda_device.h"
 
 #include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <deque>
 #include <mutex>
+
+#include "cuda/paths.h"
 
 namespace torch_bptt::cuda {
 
@@ -18,15 +21,16 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-DeviceFacts ask(int device) {
+DeviceFacts ask(c10::Device which) {
+  const c10::DeviceGuard guard(which);
+  const int device = which.index();
   DeviceFacts facts;
   facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                      attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // 16 where the device and its driver grant the size that not every device has.
   if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device))
-    facts.largest_cluster = facts.capability < 120 ? 16 : 8;
+    facts.largest_cluster = largest_cluster(facts.shared_bytes);
   return facts;
 }
 
@@ -43,7 +47,7 @@ const DeviceFacts& facts_of(c10::Device device) {
   };
   static std::deque<Known> devices(size_t(c10::cuda::device_count()));
   Known& known = devices.at(size_t(device.index()));
-  std::call_once(known.asked, [&] { known.facts = ask(device.index()); });
+  std::call_once(known.asked, [&] { known.facts = ask(device); });
   return known.facts;
 }
 

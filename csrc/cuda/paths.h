@@ -20,6 +20,10 @@ Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* s
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
 
+// The blocks that a cluster may have on the current device, each with that much shared memory; 0 if
+// it has no clusters.
+int largest_cluster(int64_t shared_bytes);
+
 // ---- around the loops (rows.cu) -----------------------------------------------------------------
 
 // Writes numbers of the host to the device. They travel as kernel arguments: a copy from ordinary
