@@ -1,12 +1,15 @@
 #include "cuda_device.h"
 
 #include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <deque>
 #include <mutex>
+
+#include "cuda/paths.h"
 
 namespace torch_bptt::cuda {
 
@@ -24,9 +27,10 @@ DeviceFacts ask(int device) {
                      attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // 16 where the device and its driver grant the size that not every device has.
-  if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device))
-    facts.largest_cluster = facts.capability < 120 ? 16 : 8;
+  if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device)) {
+    const c10::DeviceGuard guard(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
+    facts.largest_cluster = largest_cluster(facts.shared_bytes);
+  }
   return facts;
 }
 
