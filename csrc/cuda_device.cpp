@@ -21,16 +21,16 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-DeviceFacts ask(c10::Device which) {
-  const c10::DeviceGuard guard(which);
-  const int device = which.index();
+DeviceFacts ask(int device) {
   DeviceFacts facts;
   facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                      attribute(cudaDevAttrComputeCapabilityMinor, device);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device))
+  if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device)) {
+    const c10::DeviceGuard guard(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
     facts.largest_cluster = largest_cluster(facts.shared_bytes);
+  }
   return facts;
 }
 
@@ -47,7 +47,7 @@ const DeviceFacts& facts_of(c10::Device device) {
   };
   static std::deque<Known> devices(size_t(c10::cuda::device_count()));
   Known& known = devices.at(size_t(device.index()));
-  std::call_once(known.asked, [&] { known.facts = ask(device); });
+  std::call_once(known.asked, [&] { known.facts = ask(device.index()); });
   return known.facts;
 }
 

@@ -486,9 +486,9 @@ def exchange(loops, seed, *, T=12, B=8, H=64, cluster=4):
     return np.array_equal(result["state"], forward(arrays, **sizes)["state"])
 
 
-@pytest.mark.parametrize("cluster", [2, 3, 4, 8, 16])
-def test_states_arrive_in_any_order(loops, cluster):
-    for seed in range(6):
+@pytest.mark.parametrize(("cluster", "seeds"), [(2, 6), (3, 6), (4, 6), (8, 4), (16, 2)])
+def test_states_arrive_in_any_order(loops, cluster, seeds):
+    for seed in range(seeds):
         assert exchange(loops, seed, cluster=cluster)
 
 

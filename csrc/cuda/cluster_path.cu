@@ -23,6 +23,9 @@
 //   (5) No letters are sent for a step that is not run, and a block ends after its wait for the
 //       last one: no letter finds its receiver gone.
 //
+//   (6) No warp misses the end of a phase: the one after the next cannot end before the warp has
+//       passed the barrier of this step, by (1).
+//
 // In (1) every block has letters to send for every row that its cluster has, whether or not the row
 // exists at that step. tests/test_cuda_cluster.py runs this in random orders, and breaks it.
 #include "cluster_layout.h"
@@ -438,6 +441,19 @@ Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void*
   if (plan.units == Units::tensor) return run<S, TensorProduct<S>>(loop, steps, plan, stream);
   if constexpr (std::is_same_v<S, float>) return run<S, PlainProduct>(loop, steps, plan, stream);
   return "the plan asks for a product that was not compiled";
+}
+
+int largest_cluster(int64_t shared_bytes) {
+  for (int cluster = 16; cluster > 1; cluster /= 2) {
+    Launch how;
+    how.grid.x = how.cluster = unsigned(cluster);
+    how.threads = ClusterLayout::kMaxThreads;
+    how.shared_bytes = size_t(shared_bytes);
+    int clusters = 0;
+    const Error error = active_clusters(cluster_kernel<float, PlainProduct>, how, &clusters);
+    if (!error && clusters > 0) return cluster;
+  }
+  return 0;
 }
 
 template Error run_cluster_path(const Loop<float>&, Steps, const Plan&, void*);

@@ -14,6 +14,8 @@ constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one o
 constexpr double kPlainCycles = 40;    // the same without tensor cores
 constexpr double kSharedBytesPerCycle = 128;
 constexpr double kExchangeBytesPerNs = 21;  // into one block from the others of its cluster
+constexpr double kLaunchNs = 5000;  // of the whole loop: the launch, the cluster's first meeting
+constexpr double kCacheBytesPerNs = 20;  // the weight into one block, in pieces of 4 bytes
 
 // Clusters that run at a time. They do not cross the parts of the chip, so some places stay empty.
 int64_t resident_clusters(const DeviceFacts& device, int cluster) {
@@ -34,7 +36,10 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, Units unit
   const int64_t clusters = ClusterLayout::up(task.B, layout.rows) / layout.rows,
                 resident = resident_clusters(device, layout.cluster),
                 waves = (clusters + resident - 1) / resident;
-  return double(waves) * ((kFixedCycles + product + weights) / kClock + letters);
+  const double begin = kLaunchNs + double(waves) * layout.units * double(task.H) *
+                                       size_of(task.dtype) / kCacheBytesPerNs;
+  return double(waves) * ((kFixedCycles + product + weights) / kClock + letters) +
+         begin / double(task.T > 0 ? task.T : 1);
 }
 
 }  // namespace

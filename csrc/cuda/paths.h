@@ -19,9 +19,8 @@ Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* s
 // Not float64.
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
-
-// The blocks that a cluster may have on the current device, each with that much shared memory; 0 if
-// it has no clusters.
+// Blocks of the largest cluster that the current device, which has clusters, runs of that path's
+// kernels with so much shared memory; 0: none.
 int largest_cluster(int64_t shared_bytes);
 
 // ---- around the loops (rows.cu) -----------------------------------------------------------------

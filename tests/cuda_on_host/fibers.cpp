@@ -609,6 +609,7 @@ void init_mailbox(Mailbox* box, int arrivals, const Where& where) {
 void arrive_expecting(Mailbox* box, int bytes, const Where& where) {
   check_shared(box, sizeof(Mailbox), where);
   check_initialised(box, where);
+  if (bytes < 0 || bytes >= 1 << 20) fault("a mailbox counts less than 2^20 bytes", where);
   if (box->pending == 0)
     fault("a mailbox with more arrivals in a phase than it was made for", where);
   box->bytes += bytes;
