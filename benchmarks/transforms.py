@@ -22,7 +22,7 @@ import threads
 import torch
 from run import facts, machine
 from torch import nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import torch_bptt
 from torch_bptt.bench import Case, quantile, take_turns
@@ -142,16 +142,26 @@ def second(case: Case) -> dict[str, Ways]:
         first = torch.autograd.grad(loss_of(module(x)[0]), parameters, create_graph=True)
         return list(torch.autograd.grad(first, parameters, vector))
 
+    tangent = dict(zip(named, vector, strict=True))
+
+    def loss(p):
+        return loss_of(functional_call(module, p, (x,))[0])
+
     def forward_over_reverse():
-        of = grad(lambda p: loss_of(functional_call(module, p, (x,))[0]))
-        tangent = dict(zip(named, vector, strict=True))
-        return list(torch.func.jvp(of, (named,), (tangent,))[1].values())
+        return list(jvp(grad(loss), (named,), (tangent,))[1].values())
+
+    def reverse_over_forward():
+        return list(grad(lambda p: jvp(loss, (p,), (tangent,))[1])(named).values())
 
     return {
-        "forward+backward": {"gradient": lambda: list(gradients(module, x))},
+        "forward+backward": {
+            "gradient": lambda: list(gradients(module, x)),
+            "torch.func.grad": lambda: list(grad(loss)(named).values()),
+        },
         "Hessian times vector": {
             "reverse over reverse": autograd,
             "forward over reverse": forward_over_reverse,
+            "reverse over forward": reverse_over_forward,
         },
     }
 

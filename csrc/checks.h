@@ -48,7 +48,11 @@ struct Networks {
   bool several = false;
 
   Networks(const char* op, const Tensor& weight_hh) {
-    if (weight_hh.dim() != 3) return;
+    TORCH_CHECK_VALUE(weight_hh.dim() == 2 || weight_hh.dim() == 3, op,
+                      ": weight_hh must have shape (hidden_size, hidden_size), or (networks, "
+                      "hidden_size, hidden_size), got ",
+                      weight_hh.sizes());
+    if (weight_hh.dim() == 2) return;
     several = true;
     count = weight_hh.size(0);
     TORCH_CHECK_VALUE(count > 0, op, ": weight_hh must have one matrix or more, got none");

@@ -23,7 +23,7 @@ ORDER = [
     "__main__", "bench", "__init__", "rtrl", "tbptt", "convert", "diagnose", "_watch", "_spectrum",
     "_flow", "_plots", "elman", "init", "rnn", "functional", "stretches", "checkpoint", "padded",
     "layout", "head", "_onnx", "checks", "autograd", "_flops", "operators", "_extension",
-    "reference", "_C",
+    "_values", "reference", "_C",
 ]  # fmt: skip
 
 # What a module uses where it is installed, and does without where it is not.

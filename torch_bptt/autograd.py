@@ -10,6 +10,7 @@ so autograd closes the circle and no derivative has a formula of its own.
 """
 
 import dataclasses
+import functools
 import itertools
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,8 +19,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 
+from torch_bptt._values import number
 from torch_bptt.operators import RESULTS, ROWS, ops, unfold
 from torch_bptt.reference import activations
 
@@ -37,6 +40,22 @@ class Options(NamedTuple):
     reverse: bool = False
     truncate: int = 0
     clip: float | None = None
+
+
+class Leaf:
+    """One argument of a Function that torch.func does not take apart.
+
+    A tuple or list that holds no tensor counts as one tangent, but as several dimensions to map
+    over, which torch.func.jvp over vmap would not accept.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, *content):
+        self.content = content
+
+    def __repr__(self):  # torch.jit.trace writes it down, and compares two traces
+        return f"Leaf{self.content}"
 
 
 def rnn_layer(
@@ -84,7 +103,7 @@ def rnn_layer(
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
-        NotImplementedError: a second derivative with ``clip``; forward mode inside forward mode.
+        NotImplementedError: a second derivative with ``clip``.
 
     Source:
         Elman (1990), Finding structure in time; Werbos (1990), Backpropagation through time.
@@ -92,7 +111,7 @@ def rnn_layer(
     tensors = x, h0, weight_ih, weight_hh, bias_ih, bias_hh
     if _needs_function():
         h, h_n, _ = RNNForward.apply(
-            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, options
+            *tensors, alpha, restart, probe, batch_sizes, keep, mask, noise, Leaf(options)
         )
         return h, h_n
     activation, reverse, truncate, clip = options
@@ -203,7 +222,7 @@ class Links:
 
     @property
     def _batch(self) -> int:
-        return int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
+        return number(self.batch_sizes[0]) if len(self.batch_sizes) else 0
 
     @property
     def _steps(self) -> Tensor:
@@ -255,13 +274,12 @@ class Links:
         return ((own == 0) | (own % self.truncate != 0)).to(p.device)
 
 
-def _refuse_nested_forward_mode() -> None:
-    """torch.func loses terms of forward mode inside forward mode, in every Function."""
+def _refuse_functionalized_forward_mode() -> None:
     levels = _functorch.get_interpreter_stack() or ()
-    if sum(level.key() == _functorch.TransformType.Jvp for level in levels) > 1:
+    if any(level.key() == _functorch.TransformType.Functionalize for level in levels):
         raise NotImplementedError(
-            "rnn: forward mode inside forward mode is not supported by torch.autograd.Function; "
-            "use torch.func.hessian, or jvp of grad, or grad of jvp"
+            "rnn: torch.func.functionalize together with forward mode is not supported, as it has "
+            "no rule for torch.autograd.Function; use either alone"
         )
 
 
@@ -304,7 +322,7 @@ def _needs_function() -> bool:
         _refuse_compiled_transforms()
         return False
     if forward_ad._current_level >= 0:
-        _refuse_nested_forward_mode()
+        _refuse_functionalized_forward_mode()
         return True
     if torch.jit.is_tracing():
         _refuse_the_old_onnx_exporter()
@@ -322,9 +340,14 @@ def _differentiates_once() -> bool:
     return grads == 1 and _functorch.TransformType.Jvp not in kinds
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """All rows as one matrix. Not by flatten, which is_grads_batched does not know."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Sum over all rows of left^T right: one matrix product."""
-    return left.flatten(0, -2).mT @ right.flatten(0, -2)
+    return _rows(left).mT @ _rows(right)
 
 
 def _in_own_dtype(tensor: Tensor):
@@ -336,7 +359,7 @@ def _in_own_dtype(tensor: Tensor):
 
 def _sum(rows: Tensor, like: Tensor) -> Tensor:
     """Sum over all rows."""
-    return rows.flatten(0, -2).sum(0).to(like.dtype)
+    return _rows(rows).sum(0).to(like.dtype)
 
 
 def _gate(options: Options, alpha: Tensor | None, h: Tensor, f: Tensor, p: Tensor):
@@ -348,8 +371,38 @@ def _gate(options: Options, alpha: Tensor | None, h: Tensor, f: Tensor, p: Tenso
     # bits, and the sign of a relu with them) and its derivative from the recurrence.
     alpha = alpha.to(h.dtype)
     derived = (h - (1 - alpha) * p) / alpha
-    y = f + (derived - derived.detach())
+    y = f.detach() + (derived - derived.detach())
     return alpha * slope(y), y
+
+
+def _nestable(jvp):
+    """A jvp rule that forward mode goes through itself, where one runs inside another.
+
+    PyTorch switches forward mode off around rules, so the outer one would take the result for a
+    constant. With it on, what forward saved must come without the tangent that the rule is given.
+    """
+
+    @functools.wraps(jvp)
+    def rule(ctx, *tangents):
+        levels = _functorch.get_interpreter_stack() or ()
+        if sum(level.key() == _functorch.TransformType.Jvp for level in levels) < 2:
+            return jvp(ctx, ctx.saved_tensors, *tangents)
+        saved = [None if tensor is None else _primal(tensor) for tensor in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, saved, *tangents)
+
+    return staticmethod(rule)
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    """tensor without its innermost tangent; vmap, where it lies further inside, has no rule."""
+    interpreter = retrieve_current_functorch_interpreter()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return forward_ad.unpack_dual(tensor).primal
+    value, dim = _functorch._unwrap_batched(tensor, interpreter.level())
+    with interpreter.lower():
+        value = _primal(value)
+    return value if dim is None else _functorch._add_batch_dim(value, dim, interpreter.level())
 
 
 class RNNForward(Function):
@@ -360,8 +413,9 @@ class RNNForward(Function):
     @staticmethod
     def forward(
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe, batch_sizes, keep,
-        mask, noise, options,
+        mask, noise, leaf,
     ):  # fmt: skip
+        (options,) = leaf.content
         h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
             alpha, restart, mask, noise, options.reverse,
@@ -384,13 +438,11 @@ class RNNForward(Function):
             keep,
             mask,
             _,
-            options,
+            leaf,
         ) = inputs
         h, _, f = output
-        ctx.options = options
+        (ctx.options,) = leaf.content
         ctx.set_materialize_grads(False)
-        if f is not None:
-            ctx.mark_non_differentiable(f)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f
         ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
@@ -407,14 +459,12 @@ class RNNForward(Function):
         grads = backward(grad_h, grad_h_n, *ctx.saved_tensors, ctx.options, wanted)
         return *grads, *(None,) * 5
 
-    @staticmethod
+    @_nestable
     def jvp(
-        ctx, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot, alpha_dot,
-        restart_dot, *_,
+        ctx, saved, x_dot, h0_dot, weight_ih_dot, weight_hh_dot, bias_ih_dot, bias_hh_dot,
+        alpha_dot, restart_dot, *_,
     ):  # fmt: skip
-        x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f = (
-            ctx.saved_tensors
-        )
+        x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f = saved
         links = Links.of(x, batch_sizes, keep, mask, ctx.options)
         with _in_own_dtype(x):
             p = links.arriving(h, h0, restart, truncated=False)
@@ -434,7 +484,8 @@ class RNNForward(Function):
             if alpha_dot is not None:
                 c = c + alpha_dot.to(h.dtype) * (y - p)
             q = tangent_scan(c, h0_dot, gate, weight_hh, alpha, restart_dot, links)
-            return q, links.final(q), None
+            # f counts as constant, see _gate. None would say so, but not under vmap.
+            return q, links.final(q), None if f is None else torch.zeros_like(f)
 
 
 def _fused_backward(
@@ -569,7 +620,7 @@ def _graph(
             d0 if of_h0 else None,
             _outer(du, x) if of_weight_ih else None,
             _outer(du, links.entering(p)) if of_weight_hh else None,
-            du.flatten(0, -2).sum(0) if of_bias else None,
+            _rows(du).sum(0) if of_bias else None,
             _sum(d * (y - p), alpha) if of_alpha else None,
             d_restart if of_restart else None,
             _norms(d) if of_norms else None,
@@ -636,9 +687,9 @@ class AdjointScan(Function):
                 *(None,) * 5,
             )
 
-    @staticmethod
-    def jvp(ctx, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
-        gate, weight_hh, alpha, batch_sizes, keep, mask, d = ctx.saved_tensors
+    @_nestable
+    def jvp(ctx, saved, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
+        gate, weight_hh, alpha, batch_sizes, keep, mask, d = saved
         links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(d):
             moved = torch.zeros_like(d)
@@ -694,9 +745,9 @@ class TangentScan(Function):
                 *(None,) * 5,
             )
 
-    @staticmethod
-    def jvp(ctx, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
-        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = ctx.saved_tensors
+    @_nestable
+    def jvp(ctx, saved, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
+        q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = saved
         links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
         with _in_own_dtype(q):
             arriving = links.arriving(q, q0, restart, truncated=True)
@@ -725,15 +776,37 @@ def _of_linear_loop(wanted, gate, weight_hh, alpha, d, q, links):
     )
 
 
+def _apply(function, *args):
+    """``function.apply``, also under the vmap that ``torch.autograd.grad(is_grads_batched=True)``
+    still has: one older than torch.func's, which loses the graph that a Function records.
+    """
+    mapped = [isinstance(a, Tensor) and _functorch.is_legacy_batchedtensor(a) for a in args]
+    if not any(mapped):
+        return function.apply(*args)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    args = [
+        torch._remove_batch_dim(a, level, 1, 0) if m else a
+        for a, m in zip(args, mapped, strict=True)
+    ]
+    outputs = torch.func.vmap(function.apply, tuple(0 if m else None for m in mapped))(*args)
+    one = isinstance(outputs, Tensor)
+    outputs = [  # which that vmap wants in memory as they are in the order of dimensions
+        torch._add_batch_dim(output.clone(memory_format=torch.contiguous_format), 0, level)
+        for output in ([outputs] if one else outputs)
+    ]
+    return outputs[0] if one else tuple(outputs)
+
+
 def adjoint_scan(g, gate, weight_hh, alpha, links):
-    return AdjointScan.apply(
-        g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask, links.reverse,
-        links.truncate,
+    return _apply(
+        AdjointScan, g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask,
+        links.reverse, links.truncate,
     )  # fmt: skip
 
 
 def tangent_scan(c, q0, gate, weight_hh, alpha, restart, links):
-    return TangentScan.apply(
-        c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep, links.mask,
-        links.reverse, links.truncate,
+    return _apply(
+        TangentScan, c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep,
+        links.mask, links.reverse, links.truncate,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
@@ -108,6 +109,18 @@ def _refuse_transforms():
             "torch.export, torch.jit.trace), as its backward runs autograd once more, which they "
             "do not see; torch.compiler.disable(module) leaves the module out of a compiled model"
         )
+
+
+def _refuse_mapped_gradients(*grads):
+    for grad in grads:
+        if grad is not None and (
+            _functorch.is_legacy_batchedtensor(grad) or _functorch.is_batchedtensor(grad)
+        ):
+            raise NotImplementedError(
+                "checkpoint must be None where gradients are mapped over (is_grads_batched=True, "
+                "vectorize=True, torch.func.vmap), as backward writes into tensors of its own; or "
+                "call backward once for each"
+            )
 
 
 def _refuse_uneven_cuts(options, batch_sizes):
@@ -252,6 +265,7 @@ class Checkpointed(Function):
         wanted = ctx.needs_input_grad[1:]
         if grad_output is None and grad_h_n is None:
             return (None,) * (1 + len(wanted))
+        _refuse_mapped_gradients(grad_output, grad_h_n)
         *inputs, states = ctx.saved_tensors
         if torch.is_grad_enabled():
             grads = _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted)

@@ -12,6 +12,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt._extension import _C
+from torch_bptt._values import are_mapped, number, unwrapped
 
 nonlinearities = tuple(_C.activations())
 
@@ -83,7 +84,7 @@ def count_rows(packed, hx=None, reset=None):
         for tensor, rows in ((packed.sorted_indices, 0), (hx, -2), (reset, -1)):
             if tensor is not None:
                 return tensor.shape[rows]
-    return int(packed.batch_sizes[0])
+    return number(packed.batch_sizes[0])
 
 
 def check_hidden(hx, expected):
@@ -184,15 +185,15 @@ def check_lengths(lengths, steps, rows, device=None):
     """lengths as (B,) int64 on the CPU; one number will do for one row.
 
     Where values are unknown the caller gives a device: lengths go there, and are looked at when the
-    program runs.
+    program runs. Lengths that torch.func maps over stay where they are.
     """
-    traced = device is not None
+    traced, mapped = device is not None, are_mapped(lengths)
 
     def expected():  # called where it is wanted, as a number in a string is a constant to a trace
         return f"lengths must be integers, one per row, expected ({rows},) torch.int64"
 
     try:
-        given = torch.as_tensor(lengths, device=device if traced else "cpu")
+        given = torch.as_tensor(lengths, device=device if traced or mapped else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{expected()}, got {lengths!r}") from error
     fractional = given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
@@ -207,12 +208,14 @@ def check_lengths(lengths, steps, rows, device=None):
         message = "lengths must lie within the steps of input, expected 0 to the number of steps"
         torch._assert_async(((given >= 0) & (given <= steps)).all(), message)
         return given
-    wrong = ((given < 0) | (given > steps)).nonzero()
+    values = unwrapped(given) if mapped else given
+    wrong = ((values < 0) | (values > steps)).nonzero()
     if len(wrong):
-        row = int(wrong[0])
+        place = tuple(wrong[0].tolist())
+        row = "a row of a sample" if mapped else f"row {place[0]}"
         raise ValueError(
             "lengths must lie within the steps of input, "
-            f"expected 0 to {steps}, got {int(given[row])} in row {row}"
+            f"expected 0 to {steps}, got {values[place].tolist()} in {row}"
         )
     return given
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks, reference
+from torch_bptt._values import are_mapped, number
 from torch_bptt.autograd import Options, rnn_layer
 from torch_bptt.checkpoint import run_in_stretches
 from torch_bptt.padded import Padding
@@ -224,9 +225,9 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
         )
     x, padding = input.transpose(0, 1) if batch_first else input, None
     if lengths is not None:
-        if not noted:
+        if not (noted or are_mapped(lengths)):
             return _run_padded(stack, input, hx, lengths, reset, batch_first)
-        padding = Padding.of(lengths, steps)
+        padding = Padding.of(lengths.to(input.device), steps)
         x, reset = padding.clear(x), None if reset is None else reset & padding.existing
     output, h_n = stack(x, hx, None, reset, padding)
     return output.transpose(0, 1) if batch_first and output is not None else output, h_n
@@ -252,7 +253,7 @@ def _run_padded(stack, input, hx, lengths, reset, batch_first):
     rows, device = len(lengths), input.device
     lengths, order = lengths.sort(descending=True)
     order, lengths = order[lengths > 0], lengths[lengths > 0]
-    existing = torch.arange(lengths[0] if len(lengths) else 0)[:, None] < lengths
+    existing = torch.arange(number(lengths[0]) if len(lengths) else 0)[:, None] < lengths
     batch_sizes = existing.sum(1)
     step, row = existing.nonzero(as_tuple=True)
     row = order[row]
@@ -282,7 +283,7 @@ def _with_masks(layers, draws, x, batch_sizes):
     """The layers with masks for every sequence, drawn once for all of its steps."""
     if not draws.recurrent_dropout:
         return layers
-    rows = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    rows = x.shape[1] if batch_sizes is None else number(batch_sizes[0])
     return [
         own._replace(mask=F.dropout(x.new_ones(rows, len(own.weight_hh)), draws.recurrent_dropout))
         for own in layers
@@ -385,7 +386,7 @@ def _alpha(alpha, x, hidden):
 
 def _state(tensor, x, batch_sizes):
     """(H,) or (B, H) as a state beside x, of which the first rows are there."""
-    rows = x.shape[-2] if batch_sizes is None else int(batch_sizes[0])
+    rows = x.shape[-2] if batch_sizes is None else number(batch_sizes[0])
     state = tensor.expand(rows, -1) if tensor.dim() == 1 else tensor[:rows]
     return state.to(x.dtype) if batch_sizes is not None else state.to(x.dtype).unsqueeze(0)
 

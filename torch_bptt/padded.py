@@ -1,7 +1,8 @@
-"""Rows of different lengths where torch notes the program: torch.compile, export, jit.trace.
+"""Rows of different lengths where torch notes the program (torch.compile, export, jit.trace), and
+where torch.func.vmap maps over lengths.
 
-Elsewhere rows are packed, but then shapes depend on the values of lengths, which a trace does not
-know. Here every row runs for all T steps, and what lies past its end is kept from mattering:
+Elsewhere rows are packed, but then shapes depend on these values. Here every row runs for all T
+steps, and what lies past its end is kept from mattering:
 
     input, output    zero there, for every layer
     state            starts anew at every such step, so that it stays bounded
