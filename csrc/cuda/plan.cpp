@@ -85,8 +85,10 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
                    2 / 4 * kTensorCycles
              : double(width * width) * plan->rows /
                    (task.dtype == Dtype::float64 ? kPlainPerCycle / 2 : kPlainPerCycle);
+  const double begin = kLaunchNs + double(task.H * task.H * size_of(task.dtype)) / kCacheBytesPerNs;
   plan->step_ns =
-      double(ceil_div(plan->blocks, device.multiprocessors)) * (kFixedCycles + work) / kClock;
+      double(ceil_div(plan->blocks, device.multiprocessors)) * (kFixedCycles + work) / kClock +
+      begin / double(task.T);
   return plan->shared_bytes <= device.shared_bytes;
 }
 
