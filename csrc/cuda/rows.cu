@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(256)
 // Sums of d (f - p) over the rows of some steps that belong to one part of the batch: 32 columns, 8
 // threads for each.
 template <class S>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     alpha_sums_kernel(const __grid_constant__ Loop<S> loop, const Compute<S>* d, int64_t parts,
                       int64_t steps, Compute<S>* sums) {
   using C = Compute<S>;
