@@ -11,7 +11,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 
 PEERS := .venv-peers
 
-NATIVE   := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h'))
+NATIVE   := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'))
 BENCH_NATIVE := $(sort $(shell find benchmarks -name '*.cpp' -o -name '*.cu'))
 
 # The instrumented build and how Python runs on it. Python is not instrumented itself: the runtime of
@@ -25,7 +25,7 @@ SANITIZED  = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-onnx test-frameworks demo docs figures lint format sanitize bench bench-peers gpu-check clean
+.PHONY: help build test test-onnx test-frameworks test-cuda-on-host demo docs figures lint format sanitize bench bench-peers gpu-check clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -47,6 +47,22 @@ test-frameworks: build  ## tests with Lightning, TorchRL and safetensors, which 
 	$(PIP) install --quiet -r requirements-frameworks.txt -c requirements.txt
 	$(BIN)/python -m pytest tests/test_lightning_model.py tests/test_torchrl_policy.py \
 		tests/test_safetensors.py $(ARGS)
+
+# The CUDA kernels as C++ with a thread of the GPU a fiber (tests/cuda_on_host), in a build of their own;
+# every tensor of a test then goes to them. Once on the path that the plan chooses, then on each of them.
+# A barrier or a copy that is missing shows in a random order of the fibers. Left out: tests of what
+# PyTorch's CPU products or the CPU's own kernels do. Where nvcc is found, every kernel is compiled.
+ON_HOST    := build/cuda-on-host/lib
+ON_HOST_RUN = OMP_NUM_THREADS=1 PYTHONPATH=$(ON_HOST) PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
+test-cuda-on-host: build  ## tests of the CUDA kernels without a GPU
+	TORCH_BPTT_CUDA_ON_HOST=1 $(BIN)/python setup.py --quiet build --build-lib $(ON_HOST)
+	$(ON_HOST_RUN) tests/test_kernels.py tests/test_options.py tests/test_rnn_module.py tests/test_cuda_tf32.py \
+	  -k "not avx and not neither_run_nor_threads" $(ARGS)
+	for path in step block cluster; do \
+	  TORCH_BPTT_CUDA_PATH=$$path TORCH_BPTT_SCHEDULE_SEED=1 $(ON_HOST_RUN) tests/test_kernels.py \
+	    -k "baseline and every_size and not T40 and not T70" $(ARGS) || exit 1; \
+	done
+	TORCH_BPTT_TEST_ALL_CUDA_SOURCES=1 $(BIN)/python -m pytest -q tests/test_cuda_build.py $(ARGS)
 
 demo: build  ## train a character-level language model with nn.RNN and with torch_bptt.RNN
 	$(BIN)/python examples/char_lm.py $(ARGS)

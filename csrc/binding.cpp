@@ -12,6 +12,7 @@
 
 #include "core/activations.h"
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "operators.h"
 
 // Nothing is keyword-only, as each keyword of a call from Python costs 0.4 us.
@@ -62,12 +63,22 @@ TORCH_LIBRARY_IMPL(torch_bptt, Autograd, m) {
   m.impl("rnn_backward", torch_bptt::rnn_backward_with_gradient);
 }
 
-TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) {
+namespace {
+
+// The same functions for every device; dispatch.h sends each problem to the backend of its tensors.
+void implement_operators(torch::Library& m) {
   m.impl("rnn_forward", torch_bptt::rnn_forward);
   m.impl("rnn_backward", torch_bptt::rnn_backward);
   m.impl("adjoint_scan", torch_bptt::adjoint_scan);
   m.impl("tangent_scan", torch_bptt::tangent_scan);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_bptt, CPU, m) { implement_operators(m); }
+#ifdef TORCH_BPTT_CUDA
+TORCH_LIBRARY_IMPL(torch_bptt, CUDA, m) { implement_operators(m); }
+#endif
 
 namespace torch_bptt {
 
@@ -129,6 +140,49 @@ std::vector<Tensor> second_backward(const std::vector<Tensor>& tensors,
 
 }  // namespace torch_bptt
 
+namespace {
+
+// What would run where, for those who want to know or to test it: no device is asked.
+std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int64_t, int>& device,
+                                                  const std::string& operation,
+                                                  const std::string& dtype, int64_t T, int64_t B,
+                                                  int64_t H, bool tf32,
+                                                  const std::optional<std::string>& path) {
+  using namespace torch_bptt::cuda;
+  const auto find = [](const char* what, const std::string& name, const auto& names) {
+    int i = 0;
+    for (const char* known : names) {
+      if (name == known) return i;
+      ++i;
+    }
+    throw pybind11::value_error(std::string("cuda_plan: ") + what + " is unknown, got " + name);
+  };
+  const auto [capability, multiprocessors, shared_bytes, largest_cluster] = device;
+  const DeviceFacts facts{capability, multiprocessors, shared_bytes, largest_cluster};
+  Task task;
+  task.pass = Pass(find("operation", operation, kPassNames));
+  task.dtype = Dtype(find("dtype", dtype, kDtypeNames));
+  task.T = T;
+  task.B = B;
+  task.H = H;
+  task.tf32 = tf32;
+  std::optional<Path> wish;
+  if (path) wish = Path(find("path", *path, kPathNames));
+  Plan plan;
+  if (!plan_loop(facts, task, &plan, wish ? &*wish : nullptr))
+    throw pybind11::value_error("cuda_plan: no path can do this");
+  return {{"path", pybind11::str(kPathNames[int(plan.path)])},
+          {"tensor_cores", pybind11::bool_(plan.units == Units::tensor)},
+          {"rows", pybind11::int_(plan.rows)},
+          {"cluster", pybind11::int_(plan.cluster)},
+          {"blocks", pybind11::int_(plan.blocks)},
+          {"threads", pybind11::int_(plan.threads)},
+          {"shared_bytes", pybind11::int_(plan.shared_bytes)},
+          {"estimated_step_ns", pybind11::float_(plan.step_ns)}};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   namespace cpu = torch_bptt::cpu;
   m.doc() = "Operators torch.ops.torch_bptt.* and facts about their build.";
@@ -148,11 +202,14 @@ PYBIND11_MODULE(_C, m) {
       throw pybind11::value_error(
           "set_isa: name must be an instruction set of this machine (isas()), got " + name);
   });
+  m.def("cuda_plan", cuda_plan, pybind11::arg("device"), pybind11::arg("operation"),
+        pybind11::arg("dtype"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"),
+        pybind11::arg("tf32") = false, pybind11::arg("path") = std::nullopt);
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"build", TORCH_BPTT_BUILD},
         {"compiler", __VERSION__},
-        {"cuda", "no"},
+        {"cuda", TORCH_BPTT_BUILT_WITH_CUDA},
         {"flags", TORCH_BPTT_CXX_FLAGS},
         {"torch", TORCH_BPTT_BUILT_WITH_TORCH},
     };

@@ -101,10 +101,12 @@ inline void check_clip(const char* op, const std::optional<double>& clip) {
 // The sizes of one call, read from a (T, B, features) or packed (N, features) tensor, or from a
 // single step of (B, features), and which rows exist when.
 struct Sizes {
+  c10::Device device;
   int64_t T = 0, B = 0, dims = 0;
   std::vector<int64_t> offsets, lengths;  // empty: dense
 
-  Sizes(const char* op, const char* name, const Tensor& data, const OptionalTensor& batch_sizes) {
+  Sizes(const char* op, const char* name, const Tensor& data, const OptionalTensor& batch_sizes)
+      : device(data.device()) {
     dims = data.dim();
     if (!batch_sizes) {
       TORCH_CHECK_VALUE(dims == 3 || dims == 2, op, ": ", name,

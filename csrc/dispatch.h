@@ -14,6 +14,9 @@
 #include "core/activations.h"
 #include "core/problem.h"
 #include "cpu/kernels.h"
+#ifdef TORCH_BPTT_CUDA
+#include "cuda_backend.h"
+#endif
 
 namespace torch_bptt {
 
@@ -124,6 +127,9 @@ struct ScheduleOf {
                        ": keep must be a bool tensor, got ", keep_option->scalar_type());
       check_shape(op, "keep", networks.first(op, "keep", *keep_option), {sizes.T, sizes.B},
                   "(steps, batch)");
+      TORCH_CHECK(keep_option->device() == sizes.device, op,
+                  ": keep must be on the device of the sequence, expected ", sizes.device, ", got ",
+                  keep_option->device());
       keep = with_contiguous_matrices(*keep_option);
     }
     schedule.T = sizes.T;
@@ -159,12 +165,77 @@ inline Parallel torch_threads() {
           }};
 }
 
+// Whether the CUDA backend takes what is on that tensor's device. In the build with its kernels on
+// the host, which is for tests, it takes everything.
+inline bool takes_cuda([[maybe_unused]] const Tensor& like) {
+#if defined(TORCH_BPTT_CUDA_ON_HOST)
+  return true;
+#elif defined(TORCH_BPTT_CUDA)
+  return like.is_cuda();
+#else
+  return false;
+#endif
+}
+
+// The functions of a backend; `like` is a tensor of the call, and the threads are for the CPU.
+template <class S>
+struct Backend {
+  void (*rnn_forward)(const ForwardProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*rnn_backward)(const BackwardProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*adjoint_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*tangent_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
+};
+
+template <class S>
+constexpr Backend<S> kCpuBackend{
+    [](const ForwardProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().rnn_forward(problem, threads);
+    },
+    [](const BackwardProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().rnn_backward(problem, threads);
+    },
+    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().adjoint_scan(problem, threads);
+    },
+    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+      cpu::kernels().of<S>().tangent_scan(problem, threads);
+    },
+};
+
+#ifdef TORCH_BPTT_CUDA
+template <class S>
+constexpr Backend<S> kCudaBackend{
+    [](const ForwardProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::rnn_forward(problem, like);
+    },
+    [](const BackwardProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::rnn_backward(problem, like);
+    },
+    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::adjoint_scan(problem, like);
+    },
+    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+      cuda::tangent_scan(problem, like);
+    },
+};
+#endif
+
+// The backend for the device of a tensor.
+template <class S>
+const Backend<S>& backend_of([[maybe_unused]] const Tensor& like) {
+#ifdef TORCH_BPTT_CUDA
+  if (takes_cuda(like)) return kCudaBackend<S>;
+#endif
+  return kCpuBackend<S>;
+}
+
 // body(network, threads) for each of the networks, which share the threads: each network has one
 // alone, or, where there are more threads than networks, all of them in turn. `work` is that of a
-// network in multiply-adds.
+// network in multiply-adds. On a GPU they run one after the other; `like` says where they are.
 template <class Body>
-void for_each_network(const Networks& networks, int64_t work, const Body& body) {
-  if (networks.count == 1 || networks.count < at::get_num_threads()) {
+void for_each_network(const Tensor& like, const Networks& networks, int64_t work,
+                      const Body& body) {
+  if (networks.count == 1 || networks.count < at::get_num_threads() || takes_cuda(like)) {
     for (int64_t i = 0; i < networks.count; ++i) body(Operands(networks, i), torch_threads());
     return;
   }

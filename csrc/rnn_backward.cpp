@@ -82,7 +82,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t work = 2 * sizes.rows() * H * (H + I);
-    for_each_network(networks, work, [&](const Operands& network, const Parallel& threads) {
+    for_each_network(x, networks, work, [&](const Operands& network, const Parallel& threads) {
       BackwardProblem<S> problem;
       problem.schedule = schedule.of(network);
       problem.I = I;
@@ -109,7 +109,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
       problem.grad_alpha = network.output<Compute<S>>(grad_alpha);
       problem.grad_restart = network.output<S>(grad_restart);
       problem.norms = network.output<Compute<S>>(norms);
-      cpu::kernels().of<S>().rnn_backward(problem, threads);
+      backend_of<S>(x).rnn_backward(problem, x, threads);
     });
   });
   return gradients;

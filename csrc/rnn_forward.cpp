@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
   dispatch_dtype(op, "x", x, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t work = sizes.rows() * H * (H + I);
-    for_each_network(networks, work, [&](const Operands& network, const Parallel& threads) {
+    for_each_network(x, networks, work, [&](const Operands& network, const Parallel& threads) {
       ForwardProblem<S> problem;
       problem.schedule = schedule.of(network);
       problem.I = I;
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
       problem.h = network.output_rows<S>(h);
       problem.h_n = network.output<S>(h_n);
       problem.f = network.output_rows<S>(f);
-      cpu::kernels().of<S>().rnn_forward(problem, threads);
+      backend_of<S>(x).rnn_forward(problem, x, threads);
     });
   });
   return {h, h_n, f};

@@ -64,13 +64,13 @@ std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
   dispatch_dtype(op, "g", g, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t work = sizes.rows() * H * H;
-    for_each_network(networks, work, [&](const Operands& network, const Parallel& threads) {
+    for_each_network(g, networks, work, [&](const Operands& network, const Parallel& threads) {
       ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, g_rows,
                                                gate_rows, weight_rows, d);
       problem.clip = clip.value_or(-1);
       problem.d0 = network.output_rows<S>(d0);
       problem.restart = keep ? network.output<S>(d_restart) : nullptr;
-      cpu::kernels().of<S>().adjoint_scan(problem, threads);
+      backend_of<S>(g).adjoint_scan(problem, g, threads);
     });
   });
   return {d, d0, d_restart};
@@ -98,12 +98,12 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
   dispatch_dtype(op, "c", c, [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t work = sizes.rows() * H * H;
-    for_each_network(networks, work, [&](const Operands& network, const Parallel& threads) {
+    for_each_network(c, networks, work, [&](const Operands& network, const Parallel& threads) {
       ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, c_rows,
                                                gate_rows, weight_rows, q);
       problem.d0_in = network.rows<S>(q0_rows);
       problem.restart_in = network.rows<S>(restart_rows);
-      cpu::kernels().of<S>().tangent_scan(problem, threads);
+      backend_of<S>(c).tangent_scan(problem, c, threads);
     });
   });
   return q;

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "torch_bptt"
-NATIVE = sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.h")])
+NATIVE = sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cu")])
 PYTHON = sorted(PACKAGE.glob("*.py"))
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]', re.MULTILINE)
@@ -68,7 +68,7 @@ def imports(path):
 
 
 def test_there_is_something_to_check():
-    assert {"core", "cpu", ""} <= {layer(path) for path in NATIVE}
+    assert {"core", "cpu", "cuda", ""} <= {layer(path) for path in NATIVE}
     assert any(True for path in NATIVE for _ in includes_of_ours(path))
     assert any(TORCH.match(name) for path in NATIVE for _, name in includes(path))
 

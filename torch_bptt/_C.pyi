@@ -14,3 +14,20 @@ def set_isa(name: str) -> None:
 
 def activations() -> list[str]:
     """The nonlinearities the kernels know."""
+
+def cuda_plan(
+    device: tuple[int, int, int, int],
+    operation: str,
+    dtype: str,
+    T: int,
+    B: int,
+    H: int,
+    tf32: bool = False,
+    path: str | None = None,
+) -> dict[str, str | bool | int | float]:
+    """What the CUDA backend would run; asks no device, and is there in builds without CUDA too.
+
+    device: compute capability times ten, multiprocessors, bytes of shared memory of a block, blocks
+    of a cluster. operation: forward, adjoint, tangent. path: step, block or cluster, to force one
+    where it can do it.
+    """

@@ -6,13 +6,9 @@
 // (cpu/vector_math.h).
 #pragma once
 
-namespace torch_bptt {
+#include "inline.h"
 
-#if defined(__CUDACC__)
-#define TORCH_BPTT_INLINE __host__ __device__ inline
-#else
-#define TORCH_BPTT_INLINE __attribute__((always_inline)) inline
-#endif
+namespace torch_bptt {
 
 struct Tanh {
   template <class M, class V>

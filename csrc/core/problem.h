@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 namespace torch_bptt {
 
 enum class Activation : int;  // listed in activations.h
@@ -55,28 +57,30 @@ struct Schedule {
   int64_t truncate = 0;  // k > 0: the gradient crosses a link only between steps of the same block
                          // of k; 0: all links
 
-  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
-  int64_t rows() const { return offset(T); }
-  int64_t rows_at(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
-  int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
+  TORCH_BPTT_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  TORCH_BPTT_INLINE int64_t rows() const { return offset(T); }
+  TORCH_BPTT_INLINE int64_t rows_at(int64_t t) const {
+    return offsets ? offsets[t + 1] - offsets[t] : B;
+  }
+  TORCH_BPTT_INLINE int64_t length(int64_t b) const { return lengths ? lengths[b] : T; }
 
   // Steps in processing order: i = 0 is the first one processed.
-  int64_t step(int64_t i) const { return reverse ? T - 1 - i : i; }
-  int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
-  int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }
+  TORCH_BPTT_INLINE int64_t step(int64_t i) const { return reverse ? T - 1 - i : i; }
+  TORCH_BPTT_INLINE int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  TORCH_BPTT_INLINE int64_t after(int64_t t) const { return reverse ? t - 1 : t + 1; }
 
   // Rows [0, rows_continued(t)) of step t receive a state of the step before; the others start from
   // h0.
-  int64_t rows_continued(int64_t t) const { return common_rows(t, before(t)); }
+  TORCH_BPTT_INLINE int64_t rows_continued(int64_t t) const { return common_rows(t, before(t)); }
   // Rows [0, rows_continuing(t)) of step t hand their state to the step after; for the others step
   // t is the last.
-  int64_t rows_continuing(int64_t t) const { return common_rows(t, after(t)); }
+  TORCH_BPTT_INLINE int64_t rows_continuing(int64_t t) const { return common_rows(t, after(t)); }
 
   // Does the state of the step before (or h0) arrive at step t?
-  bool kept(int64_t t, int64_t b) const { return !keep || keep[t * B + b]; }
+  TORCH_BPTT_INLINE bool kept(int64_t t, int64_t b) const { return !keep || keep[t * B + b]; }
   // Does the gradient cross the link that arrives at step t? Truncation cuts it where a loop would
   // detach the state.
-  bool linked(int64_t t, int64_t b) const {
+  TORCH_BPTT_INLINE bool linked(int64_t t, int64_t b) const {
     if (!kept(t, b)) return false;
     if (truncate == 0) return true;
     const int64_t own = reverse ? length(b) - 1 - t : t;  // the row's own steps, counted from zero
@@ -84,12 +88,12 @@ struct Schedule {
   }
 
   template <class S>
-  S* row(const Rows<S>& rows, int64_t t, int64_t b) const {
+  TORCH_BPTT_INLINE S* row(const Rows<S>& rows, int64_t t, int64_t b) const {
     return rows.data + (offsets ? offsets[t] * rows.row : t * rows.step) + b * rows.row;
   }
 
  private:
-  int64_t common_rows(int64_t t, int64_t other) const {
+  TORCH_BPTT_INLINE int64_t common_rows(int64_t t, int64_t other) const {
     if (other < 0 || other >= T) return 0;
     const int64_t here = rows_at(t), there = rows_at(other);
     return here < there ? here : there;

@@ -1,0 +1,361 @@
+// A block of threads for each few rows of the batch, which runs all steps: no two blocks ever meet.
+//
+// The weight stays in registers. What enters a product lies in shared memory, in two places that
+// take turns, so that a step has one barrier: while place i % 2 is read, finished states go to the
+// other one, which nobody has read since the barrier before. Inputs are brought into the cache some
+// steps ahead, and read while the step before multiplies. A thread finishes four units of a row at
+// a time.
+#include "paths.h"
+#include "step.h"
+
+namespace torch_bptt::cuda {
+
+namespace {
+
+constexpr int kUnits = 4;  // of a row, that a thread finishes together
+
+// ---- products: the weight in registers, times a place -------------------------------------------
+//
+// A place has ROWS rows of WIDTH elements, WIDTH >= H, behind H zeros. A thread has kGroups
+// results, each of kUnits units of a row.
+
+template <class S, int WIDTH>
+constexpr int kRowBytes = WIDTH * int(sizeof(S)) + 16;  // eight rows lie in different banks
+
+// Tensor cores: a warp computes one or two tiles of 16 units, all rows, with the rows as the left
+// factor. Which unit is which column of the right factor is free; so chosen, a thread's results are
+// neighbours.
+template <class S, int WIDTH, int ROWS>
+class TensorBlock {
+ public:
+  using C = float;
+  // More than eight warps would leave a thread too few registers.
+  static constexpr int kTiles = WIDTH > 128 ? 2 : 1, kThreads = WIDTH / 16 / kTiles * kWarp,
+                       kRows = ROWS, kWidth = WIDTH, kRowGroups = ROWS / 8,
+                       kGroups = kTiles * kRowGroups;
+  static constexpr bool kReadsAhead = WIDTH <= 128;  // else the weight takes the registers for it
+
+  TORCH_BPTT_DEVICE explicit TensorBlock(const Loop<S>& loop) : lane(int(lane_index())) {
+    const bool pairs = loop.H % kElements == 0 && reinterpret_cast<uintptr_t>(loop.weight) % 4 == 0;
+    TORCH_BPTT_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      TORCH_BPTT_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        const int64_t j = first_unit(half / 2) + lane / 8 * 4 + half % 2 * 2 + lane / 4 % 2;
+        TORCH_BPTT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int64_t k = (chunk * 8 + lane % 4 + 4 * i) * kElements;
+          weight[chunk][half][i] = read(loop, j, k, pairs);
+        }
+      }
+    }
+  }
+
+  // As a product reads its factors.
+  static TORCH_BPTT_DEVICE S rounded(S value) {
+    if constexpr (sizeof(S) == 4)
+      return as_float(to_tf32(value));
+    else
+      return value;
+  }
+
+  TORCH_BPTT_DEVICE void multiply(const unsigned char* place) {
+    const int row = ROWS == 16 ? lane % 16 : lane % 8;
+    const int piece = ROWS == 16 ? lane / 16 : lane / 8 % 2;
+    const unsigned char* from = place + row * kRowBytes<S, WIDTH> + piece * 16;
+    TORCH_BPTT_UNROLL
+    for (int chain = 0; chain < 2; ++chain) {
+      TORCH_BPTT_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        TORCH_BPTT_UNROLL
+        for (int i = 0; i < 4; ++i) sums[chain][half][i] = 0;
+      }
+    }
+    TORCH_BPTT_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t a[4] = {};
+      if constexpr (ROWS == 16) {
+        warp_load_matrices(a, from + chunk * 32);
+      } else {
+        uint32_t upper[2];  // the lower eight rows of the tile do not exist
+        warp_load_matrices(upper, from + chunk * 32);
+        a[0] = upper[0];
+        a[2] = upper[1];
+      }
+      TORCH_BPTT_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        if constexpr (sizeof(S) == 4)
+          warp_mma_tf32(sums[chunk % 2][half], a, weight[chunk][half]);
+        else
+          warp_mma<S>(sums[chunk % 2][half], a, weight[chunk][half]);
+      }
+    }
+  }
+
+  TORCH_BPTT_DEVICE bool finishes(int) const { return true; }
+  TORCH_BPTT_DEVICE int row(int group) const { return lane / 4 + group % kRowGroups * 8; }
+  TORCH_BPTT_DEVICE int unit(int group) const {
+    return first_unit(group / kRowGroups) + lane % 4 * kUnits;
+  }
+  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const {
+    Elements<C, kUnits> values;
+    TORCH_BPTT_UNROLL
+    for (int e = 0; e < kUnits; ++e) {
+      const int half = group / kRowGroups * 2 + e / 2, i = group % kRowGroups * 2 + e % 2;
+      values[e] = sums[0][half][i] + sums[1][half][i];
+    }
+    return values;
+  }
+
+ private:
+  static constexpr int kElements = 4 / sizeof(S);              // of a register
+  static constexpr int kChunks = WIDTH * int(sizeof(S)) / 32;  // of the sum
+  static constexpr int kHalves = 2 * kTiles;                   // eight columns each
+
+  TORCH_BPTT_DEVICE int first_unit(int tile) const {
+    return (int(warp_index()) * kTiles + tile) * 16;
+  }
+
+  static TORCH_BPTT_DEVICE uint32_t read(const Loop<S>& loop, int64_t j, int64_t k, bool pairs) {
+    S elements[kElements] = {};
+    const S* from = loop.weight + j * loop.H + k;
+    if (pairs && j < loop.H && k < loop.H)
+      __builtin_memcpy(elements, __builtin_assume_aligned(from, 4), 4);
+    else
+      TORCH_BPTT_UNROLL
+    for (int e = 0; e < kElements; ++e)
+      if (j < loop.H && k + e < loop.H) elements[e] = from[e];
+    elements[0] = rounded(elements[0]);
+    uint32_t bits;
+    __builtin_memcpy(&bits, elements, 4);
+    return bits;
+  }
+
+  int lane;
+  uint32_t weight[kChunks][kHalves][2];
+  float sums[2][kHalves][4];
+};
+
+// Single multiply-adds: eight threads share the sums of four units, 16 bytes of a row in turn.
+template <class S, int WIDTH, int ROWS>
+class PlainBlock {
+ public:
+  using C = Compute<S>;
+  static constexpr int kParts = 8, kThreads = WIDTH / kUnits * kParts, kRows = ROWS, kWidth = WIDTH,
+                       kGroups = (ROWS + kParts - 1) / kParts;
+  static constexpr bool kReadsAhead = WIDTH * sizeof(S) <= 512;
+
+  TORCH_BPTT_DEVICE explicit PlainBlock(const Loop<S>& loop)
+      : part(int(thread_index()) % kParts), first(int(thread_index()) / kParts * kUnits) {
+    TORCH_BPTT_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      TORCH_BPTT_UNROLL
+      for (int k = 0; k < kTerms; ++k) {
+        const int64_t j = first + u, column = (k / kVector * kParts + part) * kVector + k % kVector;
+        weight[u][k] =
+            j < loop.H && column < loop.H ? widen(loop.weight[j * loop.H + column]) : C(0);
+      }
+    }
+  }
+
+  static TORCH_BPTT_DEVICE S rounded(S value) { return value; }
+
+  TORCH_BPTT_DEVICE void multiply(const unsigned char* place) {
+    TORCH_BPTT_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      C sums[kUnits] = {};
+      TORCH_BPTT_UNROLL
+      for (int piece = 0; piece < kTerms / kVector; ++piece) {
+        const Words4 words = load16(place + r * kRowBytes<S, WIDTH> + (piece * kParts + part) * 16);
+        S elements[kVector];
+        __builtin_memcpy(elements, &words, sizeof(words));
+        TORCH_BPTT_UNROLL
+        for (int e = 0; e < kVector; ++e) {
+          TORCH_BPTT_UNROLL
+          for (int u = 0; u < kUnits; ++u)
+            sums[u] += weight[u][piece * kVector + e] * widen(elements[e]);
+        }
+      }
+      TORCH_BPTT_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        TORCH_BPTT_UNROLL
+        for (int lanes = kParts / 2; lanes > 0; lanes /= 2)
+          sums[u] += warp_shuffle_xor(sums[u], lanes);
+        if (r % kParts == part) results[r / kParts][u] = sums[u];
+      }
+    }
+  }
+
+  TORCH_BPTT_DEVICE bool finishes(int group) const { return row(group) < ROWS; }
+  TORCH_BPTT_DEVICE int row(int group) const { return group * kParts + part; }
+  TORCH_BPTT_DEVICE int unit(int) const { return first; }
+  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const { return results[group]; }
+
+ private:
+  static constexpr int kVector = 16 / sizeof(S), kTerms = WIDTH / kParts;
+  static_assert(kTerms % kVector == 0);
+
+  int part, first;
+  C weight[kUnits][kTerms];
+  Elements<C, kUnits> results[kGroups] = {};
+};
+
+// ---- the loop -----------------------------------------------------------------------------------
+
+constexpr int64_t kPrefetched = 4;  // steps that inputs are brought closer ahead of time
+
+// What enters a product, at its place.
+template <class S, class Product>
+TORCH_BPTT_DEVICE void put(unsigned char* place, const Step<S>& step, int64_t b, int row, int j,
+                           int count, Elements<Compute<S>, kUnits> value) {
+  if (const S* const mask = step.mask(b)) {
+    const auto factor = read_elements<kUnits>(mask + j, count);
+    for_elements<kUnits>(kUnits, [&](int e) { value[e] *= factor[e]; });
+  }
+  S elements[kUnits];
+  for_elements<kUnits>(kUnits, [&](int e) {
+    elements[e] = e < count ? Product::rounded(narrow<S>(value[e])) : S{};
+  });
+  constexpr int kAligned = sizeof(elements) < 16 ? sizeof(elements) : 16;
+  unsigned char* to = place + row * kRowBytes<S, Product::kWidth> + j * int(sizeof(S));
+  __builtin_memcpy(__builtin_assume_aligned(to, kAligned), elements, sizeof(elements));
+}
+
+template <class S, class Product>
+__global__ void __launch_bounds__(Product::kThreads, 1)
+    block_kernel(const __grid_constant__ Loop<S> loop, Steps steps) {
+  using C = Compute<S>;
+  constexpr int kGroups = Product::kGroups,
+                kPlaceBytes = Product::kRows * kRowBytes<S, Product::kWidth>;
+  unsigned char* const places = shared_memory();
+  for (int byte = int(thread_index()) * 16; byte < 2 * kPlaceBytes; byte += Product::kThreads * 16)
+    store16(places + byte, {});
+  Product product(loop);
+
+  const int64_t row0 = int64_t(block_index().x) * Product::kRows;
+  const auto row_of = [&](int group) { return row0 + product.row(group); };
+  const auto count_of = [&](int group) {
+    const int left = int(loop.H) - product.unit(group);
+    return left < kUnits ? left : kUnits;
+  };
+  // Whether there is something to do for a group at a step.
+  const auto is_own = [&](const Step<S>& step, int group) {
+    return count_of(group) > 0 && product.finishes(group) && row_of(group) < step.rows();
+  };
+
+  Elements<C, kUnits> arriving[kGroups] = {};
+  Inputs<S, kUnits> inputs[kGroups];
+  sync_block();
+  {
+    const Step<S> step(loop, steps.begin);
+    TORCH_BPTT_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      if (!is_own(step, group)) continue;
+      const int64_t b = row_of(group);
+      const int j = product.unit(group), count = count_of(group);
+      if (const S* const row = step.arriving(b).row)
+        arriving[group] = read_elements<kUnits>(row + j, count);
+      inputs[group] = step.template inputs<kUnits>(b, j, count);
+      put<S, Product>(places, step, b, product.row(group), j, count, arriving[group]);
+    }
+  }
+  for (int64_t i = steps.begin; i < steps.end; ++i) {
+    unsigned char* const here = places + (i - steps.begin) % 2 * kPlaceBytes;
+    unsigned char* const there = places + (i + 1 - steps.begin) % 2 * kPlaceBytes;
+    const bool last = i + 1 == steps.end;
+    const Step<S> step(loop, i), next(loop, last ? i : i + 1);
+    Arriving<S> to_come[kGroups] = {};
+    Inputs<S, kUnits> ahead[kGroups];
+    TORCH_BPTT_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t b = row_of(group);
+      const int j = product.unit(group), count = count_of(group);
+      if (j % 32 == 0 && i + kPrefetched < steps.end)  // one thread for a line of float32
+        if (const Step<S> later(loop, i + kPrefetched); is_own(later, group)) later.prefetch(b, j);
+      if (!Product::kReadsAhead && i > steps.begin && is_own(step, group))
+        inputs[group] = step.template inputs<kUnits>(b, j, count);
+      if (last || !is_own(next, group)) continue;
+      if (!Product::kReadsAhead) continue;
+      to_come[group] = next.arriving(b);
+      ahead[group] = next.template inputs<kUnits>(b, j, count);
+    }
+    sync_block();
+    product.multiply(here);
+    TORCH_BPTT_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t b = row_of(group);
+      const int j = product.unit(group), count = count_of(group);
+      Elements<S, kUnits> state{};
+      if (is_own(step, group))
+        state = step.template finish<kUnits>(b, j, count, product.result(group), arriving[group],
+                                             inputs[group]);
+      if (Product::kReadsAhead) inputs[group] = ahead[group];
+      if (last || !is_own(next, group)) continue;
+      if (!Product::kReadsAhead) to_come[group] = next.arriving(b);
+      arriving[group] = {};
+      if (to_come[group].carried)
+        for_elements<kUnits>(kUnits, [&](int e) { arriving[group][e] = widen(state[e]); });
+      else if (const S* const row = to_come[group].row)
+        arriving[group] = read_elements<kUnits>(row + j, count);
+      put<S, Product>(there, next, b, product.row(group), j, count, arriving[group]);
+    }
+  }
+}
+
+// ---- starting it --------------------------------------------------------------------------------
+
+// A kernel that takes minutes would keep others waiting.
+constexpr int64_t kMostSteps = 4096;
+
+template <class S, class Product>
+Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
+  Launch how;
+  how.grid.x = unsigned((loop.schedule.B + Product::kRows - 1) / Product::kRows);
+  how.threads = Product::kThreads;
+  how.shared_bytes = 2 * Product::kRows * kRowBytes<S, Product::kWidth>;
+  how.stream = stream;
+  const auto kernel = block_kernel<S, Product>;
+  if (Error error = prepare(kernel, how)) return error;
+  for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
+    part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
+    if (Error error = launch(kernel, how, loop, part)) return error;
+  }
+  return nullptr;
+}
+
+template <class S, int WIDTH>
+Error run_width(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
+  if constexpr (sizeof(S) < 8) {
+    if (plan.units == Units::tensor && plan.rows == 8)
+      return run_product<S, TensorBlock<S, WIDTH, 8>>(loop, steps, stream);
+    if constexpr (WIDTH <= 128)  // beyond, a thread has registers for fewer rows
+      if (plan.units == Units::tensor && plan.rows == 16)
+        return run_product<S, TensorBlock<S, WIDTH, 16>>(loop, steps, stream);
+  }
+  if constexpr (sizeof(S) >= 4) {
+    if (plan.units == Units::plain && plan.rows == 1)
+      return run_product<S, PlainBlock<S, WIDTH, 1>>(loop, steps, stream);
+    if constexpr (WIDTH * sizeof(S) <= 512)
+      if (plan.units == Units::plain && plan.rows == 4)
+        return run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
+  }
+  return "the plan asks for a product that was not compiled";
+}
+
+}  // namespace
+
+template <class S>
+Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
+  if (loop.H <= 64) return run_width<S, 64>(loop, steps, plan, stream);
+  if (loop.H <= 128) return run_width<S, 128>(loop, steps, plan, stream);
+  if constexpr (sizeof(S) == 2)
+    if (loop.H <= 256) return run_width<S, 256>(loop, steps, plan, stream);
+  return "the plan asks for a width that was not compiled";
+}
+
+template Error run_block_path(const Loop<float>&, Steps, const Plan&, void*);
+template Error run_block_path(const Loop<double>&, Steps, const Plan&, void*);
+template Error run_block_path(const Loop<bfloat16>&, Steps, const Plan&, void*);
+template Error run_block_path(const Loop<float16>&, Steps, const Plan&, void*);
+
+}  // namespace torch_bptt::cuda

@@ -1,0 +1,71 @@
+// How large a cluster, and how many rows of the batch for each.
+#include "cluster_layout.h"
+#include "plan.h"
+
+namespace torch_bptt::cuda {
+
+namespace {
+
+// Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
+// measurements on the device itself.
+constexpr double kClock = 1.7;         // cycles for each nanosecond
+constexpr double kFixedCycles = 540;   // reading, adding parts up, the activation, one exchange
+constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
+constexpr double kPlainCycles = 40;    // the same without tensor cores
+constexpr double kSharedBytesPerCycle = 128;
+constexpr double kExchangeBytesPerNs = 21;  // into one block from the others of its cluster
+constexpr double kLaunchNs = 5000;  // of the whole loop: the launch, the cluster's first meeting
+constexpr double kCacheBytesPerNs = 20;  // the weight into one block, in pieces of 4 bytes
+
+// Clusters that run at a time. They do not cross the parts of the chip, so some places stay empty.
+int64_t resident_clusters(const DeviceFacts& device, int cluster) {
+  const int64_t clusters = device.multiprocessors * 95 / (100 * cluster);
+  return clusters > 0 ? clusters : 1;
+}
+
+double estimated_step_ns(const DeviceFacts& device, const Task& task, Units units,
+                         const ClusterLayout& layout) {
+  const double groups = double(layout.rows) / ClusterLayout::kTileRows,
+               warps = layout.threads / 32.0;
+  const double product =
+      groups * layout.chunks * warps / 4 * (units == Units::tensor ? kTensorCycles : kPlainCycles);
+  const double weights =
+      groups * layout.shared_chunks * warps * ClusterLayout::kWeightBytes / kSharedBytesPerCycle;
+  const double letters = double(layout.rows) * double(task.H) * size_of(task.dtype) *
+                         (layout.cluster - 1) / layout.cluster / kExchangeBytesPerNs;
+  const int64_t clusters = ClusterLayout::up(task.B, layout.rows) / layout.rows,
+                resident = resident_clusters(device, layout.cluster),
+                waves = (clusters + resident - 1) / resident;
+  const double begin = kLaunchNs + double(waves) * layout.units * double(task.H) *
+                                       size_of(task.dtype) / kCacheBytesPerNs;
+  return double(waves) * ((kFixedCycles + product + weights) / kClock + letters) +
+         begin / double(task.T > 0 ? task.T : 1);
+}
+
+}  // namespace
+
+bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
+  if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1) return false;
+  const bool tensor = task.dtype != Dtype::float32 || task.tf32;
+  const Units units = tensor ? Units::tensor : Units::plain;
+  *plan = {};
+  for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {
+    for (int rows = 8; rows <= 64 && rows < task.B + 8; rows += 8) {
+      const ClusterLayout layout(task.H, size_of(task.dtype), cluster, rows);
+      if (!layout.fits(device.shared_bytes)) continue;
+      const double step_ns = estimated_step_ns(device, task, units, layout);
+      if (plan->blocks && step_ns >= plan->step_ns) continue;
+      plan->path = Path::cluster;
+      plan->units = units;
+      plan->rows = rows;
+      plan->cluster = cluster;
+      plan->blocks = ClusterLayout::up(task.B, rows) / rows * cluster;
+      plan->threads = layout.threads;
+      plan->shared_bytes = layout.shared_bytes;
+      plan->step_ns = step_ns;
+    }
+  }
+  return plan->blocks > 0;
+}
+
+}  // namespace torch_bptt::cuda

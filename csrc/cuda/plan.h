@@ -1,0 +1,113 @@
+// Which path a loop takes on which device, and with what tiles: arithmetic on the host, without a
+// device. Which path is faster where are estimates until they are measured; they are marked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "loops.h"
+
+namespace torch_bptt::cuda {
+
+// What the plan asks of a device.
+struct DeviceFacts {
+  int capability = 0;  // 90 for compute capability 9.0
+  int multiprocessors = 0;
+  int64_t shared_bytes = 0;  // of one block at most
+  int largest_cluster = 0;   // blocks of a cluster at most; 0: no clusters
+};
+
+constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+template <class S>
+constexpr Dtype kDtype{};
+template <>
+inline constexpr Dtype kDtype<float> = Dtype::float32;
+template <>
+inline constexpr Dtype kDtype<double> = Dtype::float64;
+template <>
+inline constexpr Dtype kDtype<bfloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype kDtype<float16> = Dtype::float16;
+
+constexpr int size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// How products are computed. All add in float32, float64 in itself.
+enum class Units : int {
+  plain,   // multiply-add of single numbers
+  tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
+};
+
+constexpr const char* kPathNames[] = {"step", "block", "cluster"};
+enum class Path : int {
+  step,     // a kernel for each step
+  block,    // a block of threads for each few rows of the batch, which runs all steps
+  cluster,  // a cluster of blocks for each few rows
+};
+
+// What is asked: a loop, without its pointers.
+struct Task {
+  Pass pass{};
+  Dtype dtype{};
+  int64_t T = 0, B = 0, H = 0;
+  bool tf32 = false;  // products of float32 may round their factors to tf32
+};
+
+// The tile of the product that a block of path `step` computes.
+struct StepTile {
+  int units;        // columns of the result
+  int rows;         // rows of the batch
+  int groups;       // parts in which the sum is cut, each with warps of its own
+  int group_bytes;  // of a row that a group reads at a time
+  int stages;       // such reads under way
+  int threads;
+
+  TORCH_BPTT_INLINE constexpr int block_bytes() const { return groups * group_bytes; }
+  // 16 bytes more than a multiple of 128: eight rows in a column lie in different banks.
+  TORCH_BPTT_INLINE constexpr int row_bytes() const { return block_bytes() + 16; }
+  TORCH_BPTT_INLINE constexpr int stage_bytes() const { return (units + rows) * row_bytes(); }
+  // The sums of the groups, in the place of the stages.
+  TORCH_BPTT_INLINE constexpr int sum_stride() const { return units + 4; }
+  TORCH_BPTT_INLINE constexpr int sums_bytes(int size) const {
+    return groups * rows * sum_stride() * size;
+  }
+  TORCH_BPTT_INLINE constexpr int tile_bytes(int size) const {
+    const int reads = stages * stage_bytes(), sums = sums_bytes(size);
+    return reads > sums ? reads : sums;
+  }
+  // And the pointers of rows and masks.
+  TORCH_BPTT_INLINE constexpr int shared_bytes(int size) const {
+    return tile_bytes(size) + rows * 16;
+  }
+};
+
+enum StepTileIndex : int { kTensorSmall, kTensorMedium, kTensorLarge, kPlainSmall, kPlainLarge };
+constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
+                                   {32, 32, 2, 128, 3, 256},
+                                   {64, 64, 1, 128, 3, 256},
+                                   {16, 16, 8, 64, 2, 128},
+                                   {64, 64, 1, 128, 2, 256}};
+
+struct Plan {
+  Path path{};
+  Units units{};
+  int tile = 0;        // step: which of kStepTiles
+  int rows = 0;        // block, cluster: rows of the batch that go together
+  int cluster = 1;     // blocks of a cluster
+  int64_t blocks = 0;  // of a launch
+  int threads = 0;     // of a block
+  int64_t shared_bytes = 0;
+  double step_ns = 0;  // estimated time of a step
+};
+
+// The path that is estimated fastest; `wish`, if not null, where that one can do it. False where
+// none can.
+bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Path* wish = nullptr);
+// One path; false where it cannot do it.
+bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
+
+}  // namespace torch_bptt::cuda

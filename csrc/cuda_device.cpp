@@ -1,0 +1,59 @@
+#include "cuda_device.h"
+
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <deque>
+#include <mutex>
+
+#include "cuda/paths.h"
+
+namespace torch_bptt::cuda {
+
+namespace {
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+DeviceFacts ask(int device) {
+  DeviceFacts facts;
+  facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                     attribute(cudaDevAttrComputeCapabilityMinor, device);
+  facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device)) {
+    const c10::DeviceGuard guard(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
+    facts.largest_cluster = largest_cluster(facts.shared_bytes);
+  }
+  return facts;
+}
+
+}  // namespace
+
+void* stream_of(c10::Device device) {
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+}
+
+const DeviceFacts& facts_of(c10::Device device) {
+  struct Known {
+    std::once_flag asked;
+    DeviceFacts facts;
+  };
+  static std::deque<Known> devices(size_t(c10::cuda::device_count()));
+  Known& known = devices.at(size_t(device.index()));
+  std::call_once(known.asked, [&] { known.facts = ask(device.index()); });
+  return known.facts;
+}
+
+bool tf32_allowed(const at::Tensor&) {
+  return !at::NoTF32Guard::should_disable_tf32() &&
+         at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
+}
+
+}  // namespace torch_bptt::cuda

@@ -1,0 +1,19 @@
+// The device that a tensor is on: its stream, and what a plan asks of it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cuda/plan.h"
+
+namespace torch_bptt::cuda {
+
+// The caller's stream there, a cudaStream_t.
+void* stream_of(c10::Device device);
+
+const DeviceFacts& facts_of(c10::Device device);
+
+// Whether products of float32 inside a loop may round their factors to tf32. PyTorch's own setting
+// for recurrent layers decides: torch.backends.cudnn.rnn.fp32_precision, or allow_tf32.
+bool tf32_allowed(const at::Tensor& like);
+
+}  // namespace torch_bptt::cuda

@@ -1,0 +1,640 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define TORCH_BPTT_ASAN(...) __VA_ARGS__
+#else
+#define TORCH_BPTT_ASAN(...)
+#endif
+
+#if !defined(__x86_64__) || defined(TORCH_BPTT_PORTABLE_FIBERS)
+#include <ucontext.h>
+#endif
+
+namespace torch_bptt::cuda::host {
+namespace {
+
+// ---- switching stacks ---------------------------------------------------------------------------
+
+[[noreturn]] void run_thread();
+
+#if defined(__x86_64__) && !defined(TORCH_BPTT_PORTABLE_FIBERS)
+
+// Pushes what the caller of a function may expect to keep, leaves the stack pointer in *from, and
+// takes up where the stack `to` was left.
+extern "C" void torch_bptt_switch_stack(void** from, void* to);
+asm(R"(
+  .text
+  .globl torch_bptt_switch_stack
+  .hidden torch_bptt_switch_stack
+  .type torch_bptt_switch_stack, @function
+torch_bptt_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size torch_bptt_switch_stack, .-torch_bptt_switch_stack
+)");
+
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void start(unsigned char* stack, size_t bytes) {
+    auto** top = reinterpret_cast<void**>(stack + bytes);
+    top[-2] = reinterpret_cast<void*>(run_thread);  // where `ret` goes
+    stack_pointer = top - 8;                        // with six registers to pop before
+  }
+  static void change(Context& from, Context& to) {
+    torch_bptt_switch_stack(&from.stack_pointer, to.stack_pointer);
+  }
+};
+
+#else
+
+struct Context {
+  ucontext_t context{};
+
+  void start(unsigned char* stack, size_t bytes) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    makecontext(&context, static_cast<void (*)()>(run_thread), 0);
+  }
+  static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+
+#endif
+
+// A stack for a fiber, with a page below it that may not be touched.
+class Stack {
+ public:
+  static constexpr size_t kPage = 4096;
+  static constexpr size_t kBytes = TORCH_BPTT_ASAN(4 *) 64 * 1024;
+
+  Stack() {
+    void* memory = mmap(nullptr, kPage + kBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    begin = static_cast<unsigned char*>(memory);
+    mprotect(begin, kPage, PROT_NONE);
+  }
+  ~Stack() {
+    TORCH_BPTT_ASAN(__asan_unpoison_memory_region(data(), kBytes);)
+    munmap(begin, kPage + kBytes);
+  }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+
+  unsigned char* data() const { return begin + kPage; }
+
+ private:
+  unsigned char* begin;
+};
+
+}  // namespace
+
+// ---- what there is ------------------------------------------------------------------------------
+
+namespace {
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes, valid, group;
+
+  void run() const {
+    std::memcpy(shared, global, valid);
+    std::memset(static_cast<unsigned char*>(shared) + valid, 0, bytes - valid);
+  }
+};
+
+// Where threads come together: they go on when `expected` of them are there.
+struct Meeting {
+  std::vector<Thread*> waiting;
+  int expected = 0;
+};
+
+}  // namespace
+
+struct Thread {
+  Stack stack;
+  Context context;
+  TORCH_BPTT_ASAN(void* fake_stack = nullptr;)
+  Place place;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  bool ended = false;
+  const char* waits_for = nullptr;
+  Where where;
+  std::vector<Copy> copies;
+  int copy_group = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  const char* what = nullptr;
+  void (*combine)(void* const*) = nullptr;
+  void* lanes[32] = {};
+};
+
+struct Block {
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  unsigned running = 0;  // threads that have not ended
+  std::vector<Warp> warps;
+  Meeting meetings[16];
+};
+
+namespace {
+
+struct Delivery {
+  Remote to, box;
+  int bytes;
+  unsigned char value[16];
+  Where where;
+};
+
+// One per thread of the operating system that launches kernels.
+struct Machine {
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Block> blocks;  // of the running cluster
+  Meeting cluster;
+  std::vector<Thread*> ready;
+  size_t first_ready = 0;       // in fixed order, those before have gone
+  std::vector<Thread*> asleep;  // ready as well; in random order only
+  const Block* sleeping_block = nullptr;
+  const Warp* sleeping_warp = nullptr;  // null: the whole block
+  uint64_t until_next_sleeper = 0;
+  std::vector<Delivery> deliveries;
+  std::unordered_map<const Mailbox*, std::vector<Thread*>> readers;
+  Context outside;
+  TORCH_BPTT_ASAN(void* fake_stack = nullptr; const void* bottom = nullptr; size_t bytes = 0;)
+  void (*body)(void*) = nullptr;
+  void* body_context = nullptr;
+  std::string failure;
+
+  uint64_t seed_in_use = 0, random_state = 0;
+  bool random = false;
+
+  uint64_t draw(uint64_t below) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state % below;
+  }
+};
+
+thread_local Machine machine;
+// Beside the machine because it is read at every step of a fiber: no initialisation to check.
+__thread Thread* current = nullptr;
+
+uint64_t chosen_seed = 0;
+bool seed_chosen = false;
+
+uint64_t schedule_seed() {
+  if (seed_chosen) return chosen_seed;
+  const char* text = std::getenv("TORCH_BPTT_SCHEDULE_SEED");
+  return text ? std::strtoull(text, nullptr, 10) : 0;
+}
+
+std::string text_of(const Where& where) {
+  std::string file = where.file_name();
+  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(where.line());
+}
+
+std::string text_of(const Place& place) {
+  std::string text = "block (";
+  for (int i = 0; i < 3; ++i) text += (i ? ", " : "") + std::to_string(place.block[i]);
+  return text + ")";
+}
+
+// ---- switching ----------------------------------------------------------------------------------
+
+void ready_now(Thread* thread) {
+  thread->waits_for = nullptr;
+  machine.ready.push_back(thread);
+}
+
+void deliver(size_t i);
+
+// In random order a block or a warp oversleeps now and then, and its mail with it: for a random
+// time it goes on only where no other can. Otherwise all would advance at nearly the same pace.
+bool sleeps(const Thread* thread) {
+  const Machine& m = machine;
+  return thread->block == m.sleeping_block && (!m.sleeping_warp || thread->warp == m.sleeping_warp);
+}
+
+void choose_sleeper() {
+  Machine& m = machine;
+  if (m.until_next_sleeper-- > 0) return;
+  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(11));
+  m.sleeping_block = &m.blocks[m.draw(m.blocks.size())];
+  auto& warps = m.sleeping_block->warps;
+  m.sleeping_warp = m.draw(2) ? &warps[m.draw(warps.size())] : nullptr;
+  m.ready.insert(m.ready.end(), m.asleep.begin(), m.asleep.end());
+  m.asleep.clear();
+}
+
+Thread* random_thread() {
+  Machine& m = machine;
+  choose_sleeper();
+  if (!m.deliveries.empty() && m.draw(4) == 0) {
+    const size_t i = m.draw(m.deliveries.size());
+    if (m.deliveries[i].to.block != m.sleeping_block || m.sleeping_warp) deliver(i);
+  }
+  for (;;) {
+    while (!m.ready.empty()) {
+      std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
+      Thread* next = m.ready.back();
+      m.ready.pop_back();
+      if (!sleeps(next)) return next;
+      m.asleep.push_back(next);
+    }
+    if (!m.deliveries.empty() && (m.asleep.empty() || m.draw(2))) {
+      deliver(m.draw(m.deliveries.size()));
+    } else if (!m.asleep.empty()) {
+      std::swap(m.asleep[m.draw(m.asleep.size())], m.asleep.back());
+      Thread* next = m.asleep.back();
+      m.asleep.pop_back();
+      return next;
+    } else {
+      return nullptr;
+    }
+  }
+}
+
+// The fiber to go on with; null: none can.
+Thread* next_thread() {
+  Machine& m = machine;
+  if (m.random) return random_thread();
+  while (m.first_ready == m.ready.size()) {
+    m.ready.clear();
+    m.first_ready = 0;
+    if (m.deliveries.empty()) return nullptr;
+    deliver(0);  // as late as can be
+  }
+  return m.ready[m.first_ready++];
+}
+
+void enter(Thread* next) {
+  current = next;
+  TORCH_BPTT_ASAN(
+      __sanitizer_start_switch_fiber(&machine.fake_stack, next->stack.data(), Stack::kBytes);)
+  Context::change(machine.outside, next->context);
+  TORCH_BPTT_ASAN(__sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);)
+  current = nullptr;
+}
+
+// From the running fiber to another one, or outside where there is none. An ended fiber never comes
+// back.
+void leave(Thread* next) {
+  Thread* self = current;
+  if (next == self) return;
+  current = next;
+  TORCH_BPTT_ASAN(__sanitizer_start_switch_fiber(self->ended ? nullptr : &self->fake_stack,
+                                                 next ? next->stack.data() : machine.bottom,
+                                                 next ? Stack::kBytes : machine.bytes);)
+  Context::change(self->context, next ? next->context : machine.outside);
+  TORCH_BPTT_ASAN(__sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);)
+}
+
+void run_thread() {
+  TORCH_BPTT_ASAN(if (const void* bottom; true) {
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+    if (!machine.bottom) machine.bottom = bottom, machine.bytes = bytes;  // the first one knows
+  })
+  machine.body(machine.body_context);
+  current->ended = true;
+  --current->block->running;
+  leave(next_thread());
+  __builtin_unreachable();
+}
+
+// The running fiber waits until ready_now() is called for it.
+void wait(const char* what, const Where& where) {
+  current->waits_for = what;
+  current->where = where;
+  leave(next_thread());
+}
+
+// Comes last to a meeting: all that wait go on. In random order it may be overtaken.
+void open(Meeting& meeting) {
+  for (Thread* thread : meeting.waiting) ready_now(thread);
+  meeting.waiting.clear();
+  meeting.expected = 0;
+  if (!machine.random) return;
+  ready_now(current);
+  leave(next_thread());
+}
+
+void meet(Meeting& meeting, int expected, const char* what, const Where& where) {
+  if (meeting.waiting.empty()) meeting.expected = expected;
+  if (meeting.expected != expected)
+    fault("sync_part: threads that meet differ in the number", where);
+  if (int(meeting.waiting.size()) + 1 == expected) return open(meeting);
+  meeting.waiting.push_back(current);
+  wait(what, where);
+}
+
+// ---- a cluster from start to end ----------------------------------------------------------------
+
+std::string deadlock() {
+  // The same wait of neighbouring threads of a block is one line.
+  std::string text = "deadlock:";
+  const auto& threads = machine.threads;
+  const unsigned per_block = threads[0]->place.block_threads;
+  const size_t count = machine.blocks.size() * per_block;
+  int lines = 0;
+  for (size_t i = 0; i < count;) {
+    const Thread& first = *threads[i];
+    const auto alike = [&](const Thread& other) {
+      if (other.block != first.block || other.ended != first.ended) return false;
+      return first.ended ||
+             (other.waits_for == first.waits_for && other.where.line() == first.where.line());
+    };
+    size_t end = i + 1;
+    while (end < count && alike(*threads[end])) ++end;
+    const auto last = std::to_string(threads[end - 1]->place.thread);
+    if (++lines <= 24) {
+      text += "\n  " + text_of(first.place) + " threads " + std::to_string(first.place.thread) +
+              " to " + last + ": ";
+      text += first.ended ? "ended" : std::string(first.waits_for) + " at " + text_of(first.where);
+    }
+    i = end;
+  }
+  if (lines > 24) text += "\n  and " + std::to_string(lines - 24) + " more";
+  return text;
+}
+
+void run_cluster(const Start& start, const unsigned (&first_block)[3]) {
+  Machine& m = machine;
+  const unsigned count = start.cluster * start.threads;
+  while (m.threads.size() < count) m.threads.push_back(std::make_unique<Thread>());
+  m.ready.clear();
+  m.first_ready = 0;
+  m.asleep.clear();
+  m.until_next_sleeper = 0;
+  m.deliveries.clear();
+  m.readers.clear();
+  m.cluster = {};
+  m.failure.clear();
+  // Aligned as on the GPU; each block's memory ends where its allocation does.
+  struct Free {
+    void operator()(unsigned char* memory) const { std::free(memory); }
+  };
+  std::vector<std::unique_ptr<unsigned char, Free>> shared;
+  m.blocks.clear();
+  m.blocks.resize(start.cluster);
+  for (unsigned rank = 0; rank < start.cluster; ++rank) {
+    Block& block = m.blocks[rank];
+    const size_t bytes = (start.shared_bytes + 127) / 128 * 128;
+    if (bytes) shared.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(128, bytes)));
+    block.shared = bytes ? shared.back().get() : nullptr;
+    block.shared_bytes = start.shared_bytes;
+    if (bytes) std::memset(block.shared, 0xff, bytes);  // NaN in every type
+    block.running = start.threads;
+    block.warps.resize(start.threads / 32);
+    for (unsigned i = 0; i < start.threads; ++i) {
+      const unsigned slot = rank * start.threads + i;
+      Thread& thread = *m.threads[slot];
+      thread.place = {i,
+                      start.threads,
+                      rank,
+                      start.cluster,
+                      {first_block[0] + rank, first_block[1], first_block[2]},
+                      {start.grid[0], start.grid[1], start.grid[2]}};
+      thread.block = &block;
+      thread.warp = &block.warps[i / 32];
+      thread.ended = false;
+      thread.copies.clear();
+      thread.copy_group = 0;
+      TORCH_BPTT_ASAN(thread.fake_stack = nullptr;
+                      __asan_unpoison_memory_region(thread.stack.data(), Stack::kBytes);)
+      // Not all at the same offset of a page, or they would compete for the same cache lines.
+      thread.context.start(thread.stack.data(), Stack::kBytes - slot % 32 * 128);
+      ready_now(&thread);
+    }
+  }
+  TORCH_BPTT_ASAN(m.bottom = nullptr;)
+  enter(next_thread());
+  if (!m.failure.empty()) throw Fault(m.failure);
+  if (std::ranges::any_of(m.blocks, [](const Block& block) { return block.running > 0; }))
+    throw Fault(deadlock());
+}
+
+// ---- mail ---------------------------------------------------------------------------------------
+
+[[noreturn]] void fail(const std::string& message) {
+  machine.failure = message;
+  if (current) {
+    current->ended = true;
+    leave(nullptr);
+  }
+  __builtin_unreachable();
+}
+
+void check_initialised(const Mailbox* box, const Where& where) {
+  if (box->arrivals == 0x7fff) fault("a mailbox that was not initialised", where);
+}
+
+// Ends the phase if all has come.
+void close_phase(Mailbox* box) {
+  if (box->pending || box->bytes) return;
+  box->parity ^= 1;
+  box->pending = box->arrivals;
+  const auto readers = machine.readers.find(box);
+  if (readers == machine.readers.end()) return;
+  for (Thread* thread : readers->second) ready_now(thread);
+  machine.readers.erase(readers);
+}
+
+void deliver(size_t i) {
+  const Delivery delivery = machine.deliveries[i];
+  machine.deliveries.erase(machine.deliveries.begin() + i);
+  if (delivery.to.block->running == 0)
+    fail("send at " + text_of(delivery.where) + ": the block it goes to has ended");
+  std::memcpy(delivery.to.address, delivery.value, delivery.bytes);
+  auto* box = reinterpret_cast<Mailbox*>(delivery.box.address);
+  check_initialised(box, delivery.where);
+  box->bytes -= delivery.bytes;
+  close_phase(box);
+}
+
+void check_within(const Remote& remote, int bytes, const Where& where) {
+  const auto offset = remote.address - remote.block->shared;
+  if (offset < 0 || size_t(offset) + bytes > remote.block->shared_bytes)
+    fault("an address outside of shared memory", where);
+  check_aligned(remote.address, bytes, where);
+}
+
+}  // namespace
+
+// ---- the interface ------------------------------------------------------------------------------
+
+void set_schedule_seed(uint64_t seed) {
+  chosen_seed = seed;
+  seed_chosen = true;
+}
+
+void run(const Start& start, void (*body)(void*), void* context) {
+  Machine& m = machine;
+  if (current) throw Fault("a kernel was started inside a kernel");
+  const uint64_t seed = schedule_seed();
+  if (seed != m.seed_in_use) {
+    m.seed_in_use = seed;
+    m.random_state = seed * 0x9e3779b97f4a7c15 | 1;
+  }
+  m.random = seed != 0;
+  m.body = body;
+  m.body_context = context;
+  const size_t columns = start.grid[0] / start.cluster;
+  const size_t clusters = columns * start.grid[1] * start.grid[2];
+  std::vector<size_t> order(clusters);
+  for (size_t i = 0; i < clusters; ++i) order[i] = i;
+  for (size_t i = clusters; m.random && i > 1; --i) std::swap(order[i - 1], order[m.draw(i)]);
+  for (size_t i : order)
+    run_cluster(start,
+                {unsigned(i % columns) * start.cluster, unsigned(i / columns % start.grid[1]),
+                 unsigned(i / columns / start.grid[1])});
+}
+
+const Place& place() { return current->place; }
+unsigned char* shared_memory() { return current->block->shared; }
+
+void fault(const char* message, const Where& where) {
+  std::string who;
+  if (current)
+    who = " (" + text_of(current->place) + " thread " + std::to_string(current->place.thread) + ")";
+  fail(text_of(where) + ": " + message + who);
+}
+
+void check_aligned(const void* address, size_t bytes, const Where& where) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) fault("a misaligned address", where);
+}
+
+void check_shared(const void* address, size_t bytes, const Where& where) {
+  const Block& block = *current->block;
+  const auto offset = static_cast<const unsigned char*>(address) - block.shared;
+  if (offset < 0 || size_t(offset) + bytes > block.shared_bytes)
+    fault("an address outside of shared memory", where);
+  check_aligned(address, bytes, where);
+}
+
+void sync_block(const Where& where) {
+  meet(current->block->meetings[0], current->place.block_threads, "sync_block", where);
+}
+
+void sync_part(int id, int threads, const Where& where) {
+  if (id < 1 || id > 15 || threads <= 0 || threads % 32)
+    fault("sync_part: id 1 to 15 and whole warps", where);
+  meet(current->block->meetings[id], threads, "sync_part", where);
+}
+
+void sync_cluster(const Where& where) {
+  meet(machine.cluster, int(machine.blocks.size() * current->place.block_threads), "sync_cluster",
+       where);
+}
+
+void warp_together(const char* what, void* mine, void (*combine)(void* const*),
+                   const Where& where) {
+  Warp& warp = *current->warp;
+  if (warp.meeting.waiting.empty()) {
+    warp.what = what;
+    warp.combine = combine;
+  } else if (warp.combine != combine || warp.what != what) {
+    fail(text_of(where) + ": some lanes are at " + what + ", others at " + warp.what + " (" +
+         text_of(warp.meeting.waiting[0]->where) + ")");
+  }
+  warp.lanes[current->place.thread % 32] = mine;
+  if (warp.meeting.waiting.size() == 31) combine(warp.lanes);
+  meet(warp.meeting, 32, what, where);
+}
+
+void copy_async(void* shared, const void* global, int bytes, int valid, const Where& where) {
+  check_shared(shared, bytes, where);
+  check_aligned(global, bytes, where);
+  if (valid < 0 || valid > bytes) fault("copy_async: more valid bytes than bytes", where);
+  const Copy copy{shared, global, bytes, valid, current->copy_group};
+  if (machine.random && machine.draw(2))
+    copy.run();
+  else
+    current->copies.push_back(copy);
+}
+
+void commit_copies() { ++current->copy_group; }
+
+void wait_copies(int pending) {
+  std::erase_if(current->copies, [&](const Copy& copy) {
+    const bool now = copy.group < current->copy_group - pending;
+    if (now) copy.run();
+    return now;
+  });
+}
+
+Remote in_block(unsigned rank, const void* own, const Where& where) {
+  check_shared(own, 1, where);
+  if (rank >= machine.blocks.size()) fault("in_block: no block of that rank", where);
+  Block& block = machine.blocks[rank];
+  return {&block, block.shared + (static_cast<const unsigned char*>(own) - current->block->shared)};
+}
+
+void init_mailbox(Mailbox* box, int arrivals, const Where& where) {
+  check_shared(box, sizeof(Mailbox), where);
+  *box = {0, uint16_t(arrivals), uint16_t(arrivals), 0};
+}
+
+void arrive_expecting(Mailbox* box, int bytes, const Where& where) {
+  check_shared(box, sizeof(Mailbox), where);
+  check_initialised(box, where);
+  if (bytes < 0 || bytes >= 1 << 20) fault("a mailbox counts less than 2^20 bytes", where);
+  if (box->pending == 0)
+    fault("a mailbox with more arrivals in a phase than it was made for", where);
+  box->bytes += bytes;
+  --box->pending;
+  close_phase(box);
+}
+
+void wait_for_mail(Mailbox* box, unsigned parity, const Where& where) {
+  check_shared(box, sizeof(Mailbox), where);
+  check_initialised(box, where);
+  if (parity > 1) fault("wait_for_mail: the parity is 0 or 1", where);
+  // Looks again when it is its turn: a phase that has ended twice by then was missed.
+  while (box->parity == parity) {
+    machine.readers[box].push_back(current);
+    wait("wait_for_mail", where);
+  }
+}
+
+void send(Remote to, const void* value, int bytes, Remote box, const Where& where) {
+  check_within(to, bytes, where);
+  check_within(box, sizeof(Mailbox), where);
+  if (to.block != box.block) fault("send: the mailbox is in another block than the letter", where);
+  Delivery delivery{to, box, bytes, {}, where};
+  std::memcpy(delivery.value, value, bytes);
+  machine.deliveries.push_back(delivery);
+}
+
+}  // namespace torch_bptt::cuda::host

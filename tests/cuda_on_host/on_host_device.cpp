@@ -1,0 +1,37 @@
+// The device that the kernels are told they run on.
+//
+//   TORCH_BPTT_ON_HOST_CAPABILITY=75|80|90   plan for a T4, an A100 or an H200 (default)
+//   TORCH_BPTT_ON_HOST_TF32=1                products of float32 round their factors to tf32
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda_device.h"
+
+namespace torch_bptt::cuda {
+
+namespace {
+
+std::string_view environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+DeviceFacts make_facts() {
+  const std::string_view capability = environment("TORCH_BPTT_ON_HOST_CAPABILITY");
+  if (capability == "75") return {75, 40, 65536, 0};
+  if (capability == "80") return {80, 108, 166912, 0};
+  return {90, 132, 232448, 16};
+}
+
+}  // namespace
+
+void* stream_of(c10::Device) { return nullptr; }
+
+const DeviceFacts& facts_of(c10::Device) {
+  static const DeviceFacts facts = make_facts();
+  return facts;
+}
+
+bool tf32_allowed(const at::Tensor&) { return environment("TORCH_BPTT_ON_HOST_TF32") == "1"; }
+
+}  // namespace torch_bptt::cuda

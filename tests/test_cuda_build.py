@@ -1,0 +1,78 @@
+"""The CUDA sources compile: without warnings, and the kernels without spilling registers.
+
+This needs nvcc but no GPU. Every kernel for every architecture takes minutes, so that only
+`make test-cuda-on-host` compiles them all; otherwise one small file stands for them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
+ARCHITECTURES = ("75", "80", "90a")
+ALL = os.environ.get("TORCH_BPTT_TEST_ALL_CUDA_SOURCES") == "1"
+
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")
+
+COMPILE = [
+    (path, arch)
+    for path in KERNELS
+    for arch in ARCHITECTURES
+    if ALL or (path.stem, arch) == ("rows", "90a")
+]
+
+
+@pytest.mark.parametrize(("path", "arch"), COMPILE, ids=lambda value: getattr(value, "stem", value))
+def test_kernels_compile_without_warnings_or_spills(path, arch, tmp_path):
+    run = subprocess.run(
+        [
+            *(NVCC, "-std=c++20", "-O3", "--Werror=all-warnings", "-Xptxas=-v"),
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT / 'csrc'}"),
+            *("-c", path, "-o", tmp_path / "kernels.o"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = re.findall(r"Compiling entry function '(\S+)'", run.stderr)
+    memory = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr
+    )
+    assert len(kernels) > 0
+    assert len(memory) >= len(kernels)
+    spilled = [m for m in memory if m != ("0", "0", "0")]
+    assert not spilled, run.stderr
+
+
+@pytest.mark.skipif(not ALL, reason="slow: `make test-cuda-on-host` runs it")
+@pytest.mark.parametrize("name", ["binding", "cuda_backend", "cuda_device", "rnn_forward", "scans"])
+def test_the_side_of_torch_compiles(name):
+    """Against the headers of any torch, with a stand-in for the one that only CUDA builds have."""
+    flags = ["-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
+    facts = ["BUILD", "BUILT_WITH_CUDA", "BUILT_WITH_TORCH", "CXX_FLAGS"]
+    system = [
+        *include_paths(),
+        sysconfig.get_path("include"),
+        Path(NVCC).resolve().parent.parent / "include",
+    ]
+    run = subprocess.run(
+        [
+            *("g++", "-fsyntax-only", *flags, "-DTORCH_BPTT_CUDA", "-DTORCH_EXTENSION_NAME=_C"),
+            *(f'-DTORCH_BPTT_{fact}="{torch.__version__}"' for fact in facts),
+            *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_stubs'}"),
+            *(f"-isystem{path}" for path in system),
+            ROOT / f"csrc/{name}.cpp",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr

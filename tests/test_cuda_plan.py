@@ -1,0 +1,108 @@
+"""Which path the CUDA backend takes where: the plan is arithmetic, so no device is needed."""
+
+import itertools
+
+import pytest
+
+from torch_bptt._C import cuda_plan
+
+# (compute capability x 10, multiprocessors, bytes of shared memory of a block, largest cluster),
+# as NVIDIA's tables of compute capabilities and product pages have them.
+H200 = (90, 132, 227 * 1024, 16)
+A100 = (80, 108, 163 * 1024, 0)
+T4 = (75, 40, 64 * 1024, 0)
+DEVICES = {"H200": H200, "A100": A100, "T4": T4}
+SIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+HIDDEN = (1, 16, 33, 64, 65, 128, 129, 256, 257, 512, 1000, 1024, 2048, 2560, 10_000)
+BATCH = (1, 8, 16, 60, 133, 1000, 100_000)
+REGISTER_BYTES = 256 * 1024  # of a multiprocessor
+
+
+@pytest.fixture(params=DEVICES.values(), ids=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.mark.parametrize("operation", ["forward", "adjoint", "tangent"])
+@pytest.mark.parametrize("dtype", SIZE)
+def test_a_plan_fits_the_device_and_covers_the_batch(device, dtype, operation):
+    capability, _, shared_bytes, largest_cluster = device
+    for H, B, T, tf32 in itertools.product(HIDDEN, BATCH, (1, 100), (False, True)):
+        plan = cuda_plan(device, operation, dtype, T, B, H, tf32)
+        case = f"{H=} {B=} {T=} {tf32=}: {plan}"
+        assert plan["shared_bytes"] <= shared_bytes, case
+        assert plan["threads"] in range(32, 1025, 32), case
+        assert plan["estimated_step_ns"] > 0, case
+        tiles_of_batch = -(-B // plan["rows"])
+        if plan["path"] == "block":
+            assert plan["blocks"] == tiles_of_batch, case
+            # The weight is in registers, in the type that it is multiplied in.
+            computed = max(SIZE[dtype], 2 if plan["tensor_cores"] else 4)
+            assert H * H * computed < REGISTER_BYTES, case
+            assert T > 1, case
+        elif plan["path"] == "cluster":
+            assert 2 <= plan["cluster"] <= largest_cluster, case
+            assert plan["blocks"] == tiles_of_batch * plan["cluster"], case
+            weight = H * H * SIZE[dtype]
+            assert weight < plan["cluster"] * (REGISTER_BYTES + shared_bytes), case
+        else:
+            assert plan["blocks"] % tiles_of_batch == 0, case
+        if plan["tensor_cores"]:
+            least = {"float16": 75, "bfloat16": 80, "float32": 80}
+            assert capability >= least[dtype], case
+            assert tf32 or dtype != "float32", case
+
+
+def test_float64_is_multiplied_exactly(device):
+    for H, B in itertools.product(HIDDEN, BATCH):
+        plan = cuda_plan(device, "forward", "float64", 100, B, H, tf32=True)
+        assert not plan["tensor_cores"]
+        assert plan["path"] != "cluster"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "B", "H", "path"),
+    [
+        (H200, "float32", 32, 64, "block"),
+        (H200, "bfloat16", 64, 128, "block"),
+        (H200, "bfloat16", 16, 512, "cluster"),
+        (H200, "bfloat16", 16, 768, "cluster"),
+        (H200, "bfloat16", 16, 4096, "step"),
+        (H200, "float64", 16, 512, "step"),
+        (A100, "bfloat16", 16, 512, "step"),
+        (A100, "float32", 16, 128, "block"),
+        (T4, "float16", 8, 256, "block"),
+        (T4, "bfloat16", 8, 64, "step"),  # no tensor cores for it
+    ],
+)
+def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
+    assert cuda_plan(device, "forward", dtype, 100, B, H)["path"] == path
+
+
+def test_a_path_can_be_forced_where_it_can_do_it():
+    for path in ("step", "block", "cluster"):
+        assert cuda_plan(H200, "forward", "bfloat16", 100, 16, 128, path=path)["path"] == path
+    assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path="cluster")["path"] == "step"
+
+
+def test_a_small_batch_still_occupies_the_device():
+    """H = 2048, B = 16: tiles of 16 units, so that nearly every multiprocessor has one."""
+    plan = cuda_plan(H200, "forward", "bfloat16", 100, 16, 2048, path="step")
+    assert plan["blocks"] == 128
+    # And a large one takes larger tiles: fewer reads for each multiply-add.
+    large = cuda_plan(H200, "forward", "bfloat16", 100, 256, 2048, path="step")
+    assert large["rows"] > plan["rows"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "sideways"}, "cuda_plan: operation is unknown, got sideways"),
+        ({"dtype": "int8"}, "cuda_plan: dtype is unknown, got int8"),
+        ({"path": "tunnel"}, "cuda_plan: path is unknown, got tunnel"),
+    ],
+)
+def test_unknown_names_are_refused(changes, message):
+    arguments = {"operation": "forward", "dtype": "float32", "T": 2, "B": 2, "H": 2}
+    with pytest.raises(ValueError, match=message):
+        cuda_plan(H200, **(arguments | changes))
