@@ -1,8 +1,10 @@
 """Products in tf32 inside the CUDA loops, in the build with CUDA kernels on the host.
 
-Rounded to tf32 a factor keeps 11 bits: its relative error is at most u = 2^-11, that of a product of
-two (1 + u)^2 - 1 < 2.001 u. Sums are float32, and one step of the identity has nothing else, so that
-an entry of h errs by at most 2.001 u sum |w p| + the rounding of float32, (K + 4) 2^-24 sum |terms|.
+Rounded to tf32 a factor keeps 11 bits: its relative error is at most u = 2^-11, that of a product
+of two (1 + u)^2 - 1 < 2.001 u. Sums are float32, and one step of the identity has nothing else, so
+that an entry of h errs by at most
+
+    2.001 u sum |w p| + (K + 4) 2^-24 sum |w p|,  the second for the roundings of float32.
 """
 
 import pytest
