@@ -21,6 +21,11 @@ ARCHITECTURES = ("75", "80", "90a")
 ALL = os.environ.get("TORCH_BPTT_TEST_ALL_CUDA_SOURCES") == "1"
 
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+# nvcc may be a script or a link somewhere else.
+TOOLKITS = [
+    Path(NVCC).resolve().parent.parent / "include",
+    Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+]
 pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")
 
 COMPILE = [
@@ -62,7 +67,7 @@ def test_the_side_of_torch_compiles(name):
     system = [
         *include_paths(),
         sysconfig.get_path("include"),
-        Path(NVCC).resolve().parent.parent / "include",
+        *(path for path in TOOLKITS if (path / "cuda_runtime.h").exists()),
     ]
     run = subprocess.run(
         [
