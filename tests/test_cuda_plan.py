@@ -1,6 +1,8 @@
 """Which path the CUDA backend takes where: the plan is arithmetic, so no device is needed."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,31 @@ def test_float64_is_multiplied_exactly(device):
 )
 def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
     assert cuda_plan(device, "forward", dtype, 100, B, H)["path"] == path
+
+
+def test_the_estimates_in_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (`.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for H, B, cells in rows:
+        plans = [
+            cuda_plan(H200, "forward", dtype, 1000, int(B), int(H), tf32)
+            for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
+        ]
+        expected = [f"`{plan['path']}` {plan['estimated_step_ns'] / 1000:.2f}" for plan in plans]
+        assert cells.split(" | ") == expected, f"H={H}, B={B}"
+
+
+def test_the_largest_clusters_in_the_documentation():
+    def largest(dtype, tf32):
+        path = {
+            H: cuda_plan(H200, "forward", dtype, 1000, 16, H, tf32, path="cluster")["path"]
+            for H in range(16, 2048, 16)
+        }
+        return max(H for H in path if path[H] == "cluster")
+
+    assert [largest("bfloat16", False), largest("float16", False)] == [1408, 1408]
+    assert [largest("float32", True), largest("float32", False)] == [1024, 1024]
 
 
 def test_a_path_can_be_forced_where_it_can_do_it():
