@@ -455,7 +455,8 @@ def test_flops_of_an_ensemble_are_those_of_its_networks(form):
 
 def test_the_profiler_names_the_operators():
     subject = Subject("batch")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         gradients(subject.call(*subject.tensors), subject.leaves)
     found = {event.key for event in profile.key_averages()}
     assert {"torch_bptt::rnn_forward", "torch_bptt::rnn_backward"} <= found
