@@ -57,10 +57,6 @@ const auto& backward_op() {
   return op;
 }
 
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 // Whether a transform of torch.func is at work. Each of its levels has a graph of its own: a node
 // of one level then has to call an operator that makes a node in turn.
 bool under_transforms() {

@@ -99,10 +99,6 @@ Result call_python(const char* name, const Args&... args) {
   }
 }
 
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 }  // namespace
 
 std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,

@@ -17,6 +17,11 @@ namespace torch_bptt {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Autograd has undefined tensors where operators have absent ones.
+inline OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& tensor,
                         at::IntArrayRef expected, const char* meaning) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " must have shape ", meaning,
@@ -175,14 +180,19 @@ inline void check_parts(const char* op, int64_t parts, const Sizes& sizes) {
   for (size_t t = 1; t < sizes.offsets.size(); ++t) check(sizes.offsets[t] - sizes.offsets[t - 1]);
 }
 
-// A state, with dtype and device of `like`.
+// A tensor of every network, where there is one, with dtype and device of `like`.
+inline void check_operand(const char* op, const char* name, const OptionalTensor& tensor,
+                          const Networks& networks, at::IntArrayRef expected, const char* meaning,
+                          const char* like_name, const Tensor& like) {
+  if (!tensor) return;
+  check_shape(op, name, networks.first(op, name, *tensor), expected, meaning);
+  check_like(op, name, *tensor, like_name, like);
+}
 inline void check_state(const char* op, const char* name, const OptionalTensor& state,
-                        const Sizes& sizes, int64_t hidden_size, const char* like_name,
-                        const Tensor& like) {
-  if (!state) return;
-  check_shape(op, name, *state, sizes.state_shape(hidden_size),
-              "(batch, hidden_size), and as many dimensions as the sequence");
-  check_like(op, name, *state, like_name, like);
+                        const Networks& networks, const Sizes& sizes, int64_t hidden_size,
+                        const char* like_name, const Tensor& like) {
+  check_operand(op, name, state, networks, sizes.state_shape(hidden_size),
+                "(batch, hidden_size), and as many dimensions as the sequence", like_name, like);
 }
 
 }  // namespace torch_bptt

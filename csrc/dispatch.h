@@ -239,8 +239,6 @@ void for_each_network(const Tensor& like, const Networks& networks, int64_t work
     for (int64_t i = 0; i < networks.count; ++i) body(Operands(networks, i), torch_threads());
     return;
   }
-  // As with the threads of one network (cpu/team.h), a second one does not pay below this.
-  constexpr int64_t kWorkPerThread = 250'000;
   const int64_t grain = kWorkPerThread / std::max<int64_t>(work, 1) + 1;
   at::parallel_for(0, networks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(Operands(networks, i), Parallel{});

@@ -23,9 +23,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   check_parts(op, parts, sizes);
   const auto check = [&](const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
                          const char* meaning) {
-    if (!tensor) return;
-    check_shape(op, name, networks.first(op, name, *tensor), expected, meaning);
-    check_like(op, name, *tensor, "x", x);
+    check_operand(op, name, tensor, networks, expected, meaning, "x", x);
   };
   check("weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
   check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
@@ -39,10 +37,10 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
     check("f", *f, sizes.shape(H), "of the output of rnn_forward");
   }
   check("grad_h", grad_h, sizes.shape(H), "of h");
-  check_state(op, "grad_h_n", networks.first(op, "grad_h_n", grad_h_n), sizes, H, "x", x);
-  check_state(op, "h0", networks.first(op, "h0", h0), sizes, H, "x", x);
-  check_state(op, "restart", networks.first(op, "restart", restart), sizes, H, "x", x);
-  check_state(op, "mask", networks.first(op, "mask", mask), sizes, H, "x", x);
+  check_state(op, "grad_h_n", grad_h_n, networks, sizes, H, "x", x);
+  check_state(op, "h0", h0, networks, sizes, H, "x", x);
+  check_state(op, "restart", restart, networks, sizes, H, "x", x);
+  check_state(op, "mask", mask, networks, sizes, H, "x", x);
 
   const bool none = h.numel() == 0;  // no rows: all sums are empty
   const auto output = [&](bool is_wanted, at::IntArrayRef shape, at::TensorOptions options) {

@@ -18,18 +18,16 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
   const ScheduleOf schedule(op, networks, sizes, keep, reverse);
   const auto check = [&](const char* name, const OptionalTensor& tensor, at::IntArrayRef expected,
                          const char* meaning) {
-    if (!tensor) return;
-    check_shape(op, name, networks.first(op, name, *tensor), expected, meaning);
-    check_like(op, name, *tensor, "x", x);
+    check_operand(op, name, tensor, networks, expected, meaning, "x", x);
   };
   check("weight_ih", weight_ih, {H, I}, "(hidden_size, input_size)");
   check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
   check("bias_ih", bias_ih, {H}, "(hidden_size)");
   check("bias_hh", bias_hh, {H}, "(hidden_size)");
   check_alpha(op, networks.first(op, "alpha", alpha), H, x);
-  check_state(op, "h0", networks.first(op, "h0", h0), sizes, H, "x", x);
-  check_state(op, "restart", networks.first(op, "restart", restart), sizes, H, "x", x);
-  check_state(op, "mask", networks.first(op, "mask", mask), sizes, H, "x", x);
+  check_state(op, "h0", h0, networks, sizes, H, "x", x);
+  check_state(op, "restart", restart, networks, sizes, H, "x", x);
+  check_state(op, "mask", mask, networks, sizes, H, "x", x);
   check("noise", noise, sizes.shape(H), "of h");
 
   Tensor h = at::empty(networks.shape(sizes.shape(H)), x.options());

@@ -12,15 +12,15 @@ void check_scan(const char* op, const char* name, const Tensor& g, const Tensor&
                 const Tensor& weight_hh, const Networks& networks, const Sizes& sizes,
                 const OptionalTensor& alpha, const OptionalTensor& mask) {
   const int64_t H = weight_hh.size(-2);
-  check_shape(op, "weight_hh", networks.first(op, "weight_hh", weight_hh), {H, H},
-              "(hidden_size, hidden_size)");
-  check_shape(op, name, networks.first(op, name, g), sizes.shape(H), "(steps, batch, hidden_size)");
-  check_shape(op, "gate", networks.first(op, "gate", gate), sizes.shape(H),
-              "(steps, batch, hidden_size)");
-  check_like(op, "gate", gate, name, g);
-  check_like(op, "weight_hh", weight_hh, name, g);
+  const auto check = [&](const char* which, const Tensor& tensor, at::IntArrayRef expected,
+                         const char* meaning) {
+    check_operand(op, which, tensor, networks, expected, meaning, name, g);
+  };
+  check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
+  check(name, g, sizes.shape(H), "(steps, batch, hidden_size)");
+  check("gate", gate, sizes.shape(H), "(steps, batch, hidden_size)");
   check_alpha(op, networks.first(op, "alpha", alpha), H, g);
-  check_state(op, "mask", networks.first(op, "mask", mask), sizes, H, name, g);
+  check_state(op, "mask", mask, networks, sizes, H, name, g);
 }
 
 template <class S>
@@ -87,8 +87,8 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
   const ScheduleOf schedule(op, networks, sizes, keep, reverse, truncate);
   check_scan(op, "c", c, gate, weight_hh, networks, sizes, alpha, mask);
   const int64_t H = weight_hh.size(-2);
-  check_state(op, "q0", networks.first(op, "q0", q0), sizes, H, "c", c);
-  check_state(op, "restart", networks.first(op, "restart", restart), sizes, H, "c", c);
+  check_state(op, "q0", q0, networks, sizes, H, "c", c);
+  check_state(op, "restart", restart, networks, sizes, H, "c", c);
   Tensor q = at::empty(c.sizes(), c.options());
   if (q.numel() == 0) return q;
   const Tensor c_rows = with_feature_rows(c), gate_rows = with_feature_rows(gate),

@@ -21,6 +21,16 @@ def test_public_names_and_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", torch_bptt.__version__)
 
 
+def test_the_import_brings_no_compiler_along():
+    """torch._dynamo alone takes seconds; only who compiles should wait for it."""
+    command = "import sys, torch_bptt; print(*sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "torch_bptt" in printed
+    assert not {"torch._dynamo", "torch._inductor", "torch.onnx", "matplotlib"} & set(printed)
+
+
 def test_info():
     command = [sys.executable, "-m", "torch_bptt", "info"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

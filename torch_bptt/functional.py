@@ -393,15 +393,14 @@ def _state(tensor, x, batch_sizes):
     return state.to(x.dtype) if batch_sizes is not None else state.to(x.dtype).unsqueeze(0)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
-def _has_autocast(device):
-    return torch.amp.is_autocast_available(device)
-
-
 def _autocast(tensors):
     """As the products inside torch.nn.RNN: every floating tensor but float64 becomes narrow."""
     device = tensors[0].device.type
-    if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the other
+        available = device != "meta"
+    else:
+        available = torch.amp.is_autocast_available(device)
+    if not (available and torch.is_autocast_enabled(device)):
         return tensors
     narrow = torch.get_autocast_dtype(device)
 

@@ -100,6 +100,10 @@ struct Schedule {
   }
 };
 
+// Below this much work (multiply-adds) a second thread costs more than it brings: waking it takes
+// about 5 us.
+constexpr int64_t kWorkPerThread = 250'000;
+
 // Threads to share work. run() calls task(context, i, n) for i in [0, n), all n at the same time,
 // so that they can wait for one another; n is `threads`, or less where the system gives less. It
 // returns when all are done.

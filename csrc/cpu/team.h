@@ -107,10 +107,6 @@ void pack_transposed(const Panels<P>& b, const S* source, const Team& team) {
 
 // ---- how the steps of a recurrence are cut ----
 
-// Below this much work (multiply-adds) a second thread costs more than it brings: waking it takes
-// about 5 us.
-constexpr int64_t kWorkPerThread = 250'000;
-
 struct Cut {
   int threads = 1;
   bool columns = false;
