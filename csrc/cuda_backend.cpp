@@ -42,7 +42,7 @@ constexpr at::ScalarType type_of(Dtype dtype) {
   }
 }
 
-// TORCH_BPTT_CUDA_PATH=step|block|cluster: the path to take wherever it can be taken.
+// TORCH_BPTT_CUDA_PATH=step|block|cluster|grid: the path to take wherever it can be taken.
 const Path* wished_path() {
   static const std::optional<Path> wish = []() -> std::optional<Path> {
     const char* const name = std::getenv("TORCH_BPTT_CUDA_PATH");
@@ -52,7 +52,7 @@ const Path* wished_path() {
       if (std::string_view(name) == known) return Path(i);
       ++i;
     }
-    TORCH_CHECK_VALUE(false, "TORCH_BPTT_CUDA_PATH must be step, block or cluster, got ", name);
+    TORCH_CHECK_VALUE(false, "TORCH_BPTT_CUDA_PATH must be step, block, cluster or grid, got ", name);
   }();
   return wish ? &*wish : nullptr;
 }
@@ -152,6 +152,12 @@ class Call {
         return check(run_block_path(loop, steps, plan, stream));
       case Path::cluster:
         if constexpr (sizeof(S) < 8) return check(run_cluster_path(loop, steps, plan, stream));
+        break;
+      case Path::grid:
+        if constexpr (sizeof(S) < 8) {
+          const Tensor workspace = at::empty({plan.workspace_bytes}, stored.dtype(at::kByte));
+          return check(run_grid_path(loop, steps, plan, workspace.data_ptr(), stream));
+        }
         break;
     }
     TORCH_CHECK(false, "torch_bptt: the plan chose a path that was not compiled");

@@ -15,6 +15,10 @@ struct DeviceFacts {
   int multiprocessors = 0;
   int64_t shared_bytes = 0;  // of one block at most
   int largest_cluster = 0;   // blocks of a cluster at most; 0: no clusters
+  bool whole_grid = true;    // clusters of a grid may wait for each other, if they all fit
+  // Clusters of 2, 4, 8 and 16 blocks that run at a time if they have the device to themselves,
+  // each block with all shared memory. 0: not known.
+  int resident_clusters[4]{};
 };
 
 constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};
@@ -40,11 +44,12 @@ enum class Units : int {
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
 
-constexpr const char* kPathNames[] = {"step", "block", "cluster"};
+constexpr const char* kPathNames[] = {"step", "block", "cluster", "grid"};
 enum class Path : int {
   step,     // a kernel for each step
   block,    // a block of threads for each few rows of the batch, which runs all steps
   cluster,  // a cluster of blocks for each few rows
+  grid,     // all blocks of the device together
 };
 
 // What is asked: a loop, without its pointers.
@@ -93,13 +98,14 @@ constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
 struct Plan {
   Path path{};
   Units units{};
-  int tile = 0;        // step: which of kStepTiles
-  int rows = 0;        // block, cluster: rows of the batch that go together
+  int tile = 0;        // step: which of kStepTiles; grid: tiles of a warp
+  int rows = 0;        // of the batch that go together
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 0;  // of a launch
   int threads = 0;     // of a block
   int64_t shared_bytes = 0;
-  double step_ns = 0;  // estimated time of a step
+  int64_t workspace_bytes = 0;  // grid: global memory that blocks tell each other their states in
+  double step_ns = 0;           // estimated time of a step
 };
 
 // The path that is estimated fastest; `wish`, if not null, where that one can do it. False where
@@ -109,5 +115,9 @@ bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Pa
 bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_grid(const DeviceFacts& device, const Task& task, Plan* plan);
+
+// Clusters of so many blocks that run at a time.
+int64_t resident_clusters(const DeviceFacts& device, int cluster);
 
 }  // namespace torch_bptt::cuda
