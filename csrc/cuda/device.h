@@ -28,8 +28,10 @@ struct Launch {
   unsigned cluster = 1;     // blocks along x that run together; grid.x is a multiple of it
   size_t shared_bytes = 0;  // per block
   void* stream = nullptr;
-  bool overlap = false;  // may start before the kernel ahead of it in the stream ends; it then
-                         // calls wait_for_kernel_before() before it touches what that one writes
+  bool overlap = false;     // may start before the kernel ahead of it in the stream ends; it then
+                            // calls wait_for_kernel_before() before it touches what that one writes
+  bool whole_grid = false;  // all blocks run at a time, so that they may wait for each other; a
+                            // launch that cannot have that is refused
 };
 
 // Null: it went well.
@@ -80,7 +82,8 @@ Error prepare(void (*kernel)(Parameters...), const Launch& how) {
   return error_of(status);
 }
 
-// The form in which CUDA takes a Launch. `attributes` has room for two, and must outlive it.
+// The form in which CUDA takes a Launch. `attributes` has room for three, and must outlive
+// it.
 inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);
@@ -99,12 +102,17 @@ inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attr
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
+  if (how.whole_grid) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   return config;
 }
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   const cudaLaunchConfig_t config = config_of(how, attributes);
   return error_of(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
@@ -113,9 +121,14 @@ Error launch(void (*kernel)(Parameters...), const Launch& how, Arguments... argu
 template <class... Parameters>
 Error active_clusters(void (*kernel)(Parameters...), const Launch& how, int* clusters) {
   if (Error error = prepare(kernel, how)) return error;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   const cudaLaunchConfig_t config = config_of(how, attributes);
   return error_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
+}
+
+// Sets `bytes` bytes on the device to zero, in the order of the stream.
+inline Error clear(void* data, size_t bytes, void* stream) {
+  return error_of(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 // ---- who am I -----------------------------------------------------------------------------------
@@ -270,6 +283,28 @@ TORCH_BPTT_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // Leaves a code where the host finds it; the first one stays.
 TORCH_BPTT_DEVICE void report(int* error_word, int code) { atomicCAS(error_word, 0, code); }
+
+// ---- a whole grid (Launch::whole_grid) ----------------------------------------------------------
+//
+// A flag is a number in global memory that only grows, from a clear() ahead of the kernel on.
+
+// Who sees the number sees all that this thread has written before, or has seen written by others
+// of its block before a barrier. Letters to other blocks (send) are not among it.
+TORCH_BPTT_DEVICE void publish(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// Waits until the number is at least `value`. Ten seconds are a fault, as in wait_for_mail().
+TORCH_BPTT_DEVICE void wait_for_flag(const uint32_t* flag, uint32_t value) {
+  uint64_t start = 0;
+  for (unsigned tries = 1;; ++tries) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(flag) : "memory");
+    if (now >= value) return;
+    if (tries % 1024) continue;
+    if (start == 0) start = nanoseconds();
+    if (nanoseconds() - start > 10000000000) __trap();
+  }
+}
 
 // ---- products of a warp -------------------------------------------------------------------------
 //
