@@ -47,10 +47,27 @@ namespace torch_bptt::cuda {
 
 namespace {
 
-// Global memory of a launch. The flags are zeros at its start.
-struct Workspace {
-  uint32_t* flags;        // [group][block]
-  unsigned char* states;  // [place][row][columns]
+// Global memory of a launch: flags, which are zeros at its start, [group][block]; and what enters
+// two steps, [row][columns].
+class Workspace {
+ public:
+  Workspace(const GridLayout& layout, void* memory)
+      : flags(static_cast<uint32_t*>(memory)),
+        states(static_cast<unsigned char*>(memory) + layout.flag_bytes) {}
+
+  TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
+    return flags + group * layout.blocks();
+  }
+  // Row `row` of what enters step s.
+  TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
+                                             int64_t row) const {
+    return states + (s & 1) * layout.state_bytes + row * layout.state_row_bytes;
+  }
+
+  uint32_t* flags;
+
+ private:
+  unsigned char* states;
 };
 
 #if TORCH_BPTT_HAS_CLUSTERS
@@ -76,12 +93,11 @@ class Slice {
 
   TORCH_BPTT_DEVICE void read(unsigned char* place, int group, int64_t s) const {
     const int lane = int(lane_index());
-    const uint32_t* const flags = w.flags + group * l.blocks() + first_block;
+    const uint32_t* const flags = w.flags_of(l, group) + first_block;
     for (int block = lane; block < blocks; block += kWarp)
       wait_for_flag(flags + block, uint32_t(s) + 1);
     warp_sync();
-    const unsigned char* const from =
-        w.states + (s & 1) * l.state_bytes + int64_t(group) * l.rows * l.state_row_bytes + begin();
+    const unsigned char* const from = w.states_of(l, s, int64_t(group) * l.rows) + begin();
     const int rows = l.rows_of(group), bytes = l.chunks * GridLayout::kChunkBytes;
     for (int row = first_row; row < rows; row += l.across) {
       for (int at = lane * 16; at < bytes; at += kWarp * 16) {
@@ -254,13 +270,13 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   // This thread's part of what enters step s, where all blocks find it.
   const auto write_entering = [&](int64_t s, int group, const Elements<S, kQuad>& values) {
     if (count == 0) return;
-    unsigned char* const to = workspace.states + (s & 1) * layout.state_bytes +
-                              batch_row(group) * layout.state_row_bytes + j * int64_t(sizeof(S));
+    unsigned char* const to =
+        workspace.states_of(layout, s, batch_row(group)) + j * int64_t(sizeof(S));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
   };
   const auto publish_entering = [&](int64_t s, int group) {
     sync_block();
-    if (thread == 0) publish(workspace.flags + group * layout.blocks() + block, uint32_t(s) + 1);
+    if (thread == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
   };
 
   // Rows that do not exist are multiplied along: zeros.
@@ -408,8 +424,7 @@ Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memo
   const Launch how = launch_of(layout, stream);
   const auto kernel = grid_kernel<S, Product, TILES>;
   if (Error error = prepare(kernel, how)) return error;
-  const Workspace workspace{static_cast<uint32_t*>(memory),
-                            static_cast<unsigned char*>(memory) + layout.flag_bytes};
+  const Workspace workspace(layout, memory);
   for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
     part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
     if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
