@@ -197,7 +197,8 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Block> blocks;  // that run at a time, cluster by cluster
   std::vector<Meeting> clusters;
-  std::deque<Thread*> ready;
+  std::vector<Thread*> ready;
+  size_t first_ready = 0;       // in fixed order, those before have gone
   std::vector<Thread*> asleep;  // ready as well; in random order only
   const Block* sleeping_block = nullptr;
   const Warp* sleeping_warp = nullptr;  // null: the whole block
@@ -325,13 +326,15 @@ Thread* random_thread() {
 Thread* next_thread() {
   Machine& m = machine;
   if (m.random) return random_thread();
+  if (2 * m.first_ready >= m.ready.size()) {
+    m.ready.erase(m.ready.begin(), m.ready.begin() + m.first_ready);
+    m.first_ready = 0;
+  }
   while (m.ready.empty()) {
     if (m.letters.empty() && m.numbers.empty()) return nullptr;
     deliver(0);  // as late as can be
   }
-  Thread* next = m.ready.front();
-  m.ready.pop_front();
-  return next;
+  return m.ready[m.first_ready++];
 }
 
 void enter(Thread* next) {
@@ -436,6 +439,7 @@ void run_together(const Start& start, std::span<const Index> clusters) {
   const size_t blocks = clusters.size() * start.cluster, count = blocks * start.threads;
   while (m.threads.size() < count) m.threads.push_back(std::make_unique<Thread>());
   m.ready.clear();
+  m.first_ready = 0;
   m.asleep.clear();
   m.until_next_sleeper = 0;
   m.letters.clear();
