@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -202,7 +203,9 @@ struct Machine {
   std::vector<Thread*> asleep;  // ready as well; in random order only
   const Block* sleeping_block = nullptr;
   const Warp* sleeping_warp = nullptr;  // null: the whole block
+  bool sleeps_deeply = false;           // lets all mail arrive first
   uint64_t until_next_sleeper = 0;
+  int nap_bits = 0;
   std::deque<Letter> letters;
   std::vector<Number> numbers;                                    // in the order of publishing
   std::unordered_map<const void*, std::vector<Thread*>> readers;  // of a mailbox or a flag
@@ -283,7 +286,8 @@ bool sleeps(const Thread* thread) {
 void choose_sleeper() {
   Machine& m = machine;
   if (m.until_next_sleeper-- > 0) return;
-  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(11));
+  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(m.nap_bits));
+  m.sleeps_deeply = m.draw(2);
   m.sleeping_block = &m.blocks[m.draw(m.blocks.size())];
   auto& warps = m.sleeping_block->warps;
   m.sleeping_warp = m.draw(2) ? &warps[m.draw(warps.size())] : nullptr;
@@ -309,7 +313,7 @@ Thread* random_thread() {
       m.asleep.push_back(next);
     }
     const size_t under_way = m.letters.size() + m.numbers.size();
-    if (under_way && (m.asleep.empty() || m.draw(2))) {
+    if (under_way && (m.asleep.empty() || m.sleeps_deeply || m.draw(2))) {
       deliver(m.draw(under_way));
     } else if (!m.asleep.empty()) {
       std::swap(m.asleep[m.draw(m.asleep.size())], m.asleep.back());
@@ -442,6 +446,7 @@ void run_together(const Start& start, std::span<const Index> clusters) {
   m.first_ready = 0;
   m.asleep.clear();
   m.until_next_sleeper = 0;
+  m.nap_bits = std::bit_width(4 * count);  // at most some 64 turns of every thread
   m.letters.clear();
   m.numbers.clear();
   m.readers.clear();
