@@ -173,14 +173,14 @@ def test_a_number_that_is_read_at_the_wrong_time_shows(program, flaw):
 @pytest.mark.parametrize("seed", [0, *SEEDS])
 def test_who_sees_a_number_sees_what_was_published_before(program, seed):
     assert numbers(output(program, "publish_in_turn", seed)) == {
-        "missed": [0, 0],
-        "flags": [20] * 4,
+        "missed": [0] * 128,
+        "flags": [20] * 129,
     }
 
 
 def test_what_is_written_after_publishing_shows(program):
     stale = [numbers(output(program, "write_too_late", seed))["stale"][0] for seed in SEEDS]
-    assert all(0 < count < 100 for count in stale)
+    assert all(0 < count < 1000 for count in stale)
 
 
 def test_a_grid_runs_as_a_whole_or_not_at_all(program):

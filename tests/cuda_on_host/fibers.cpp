@@ -260,20 +260,14 @@ void ready_now(Thread* thread) {
 void deliver_letter(size_t i);
 void deliver_number(size_t i);
 
-// Lets one of letters.size() + numbers.size() arrive. Letters come in any order. A number comes
-// after those that its cluster published before, as who sees it must see what its publisher may
-// have seen, and after those before it to the same flag.
+// Lets one of letters.size() + numbers.size() arrive. Letters come in any order, the numbers of a
+// cluster in theirs: who sees one must see what the thread that published it may have seen.
 void deliver(size_t i) {
   const Machine& m = machine;
   if (i < m.letters.size()) return deliver_letter(i);
-  const auto first = m.numbers.begin();
-  auto number = first + (i - m.letters.size());
-  for (auto before = first; before != number;) {
-    const bool ahead = before->flag == number->flag || before->cluster == number->cluster;
-    if (ahead) number = before;
-    before = ahead ? first : before + 1;
-  }
-  deliver_number(size_t(number - first));
+  const Meeting* cluster = m.numbers[i - m.letters.size()].cluster;
+  const auto first = std::ranges::find(m.numbers, cluster, &Number::cluster);
+  deliver_number(size_t(first - m.numbers.begin()));
 }
 
 // In random order a block or a warp oversleeps now and then, and its mail with it: for a random

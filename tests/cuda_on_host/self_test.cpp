@@ -315,29 +315,20 @@ void run_circulate(Launch how, int steps) {
 
 constexpr Launch kThreeClusters{.grid = {6}, .threads = 64, .cluster = 2, .whole_grid = true};
 
-// The blocks of the second cluster count what they do not see though it was published before what
-// they waited for: by the same thread, by another one before a barrier, by the other block of the
-// cluster before the cluster met.
+// One thread publishes, the cluster meets, then each of its threads publishes. Every thread of the
+// second cluster waits for one of those, and counts how often it does not see the first number.
 __global__ void publish_in_turn(float* missed, uint32_t* flags, int steps) {
-  const unsigned i = thread_index(), rank = cluster_rank();
-  volatile uint32_t* seen = flags;
+  const unsigned i = cluster_rank() * block_threads() + thread_index();
+  const volatile uint32_t* first = flags;
   for (uint32_t step = 1; step <= uint32_t(steps); ++step) {
-    if (block_index().x >= 2) {
-      if (i == 32 * rank) {
-        wait_for_flag(flags + 3, step);
-        for (int before = 0; before < 3; ++before) missed[rank] += seen[before] < step;
-      }
+    if (block_index().x >= cluster_blocks()) {
+      wait_for_flag(flags + 1 + i, step);
+      missed[i] += *first < step;
       continue;
     }
-    if (rank == 0 && i == 0) {
-      publish(flags + 0, step);
-      publish(flags + 1, step);
-    }
-    sync_block();
-    if (rank == 0 && i == 32) publish(flags + 2, step);
+    if (i == 0) publish(flags, step);
     sync_cluster();
-    if (rank == 1 && i == 63) publish(flags + 3, step);
-    sync_cluster();
+    publish(flags + 1 + i, step);
   }
 }
 
@@ -477,8 +468,8 @@ const std::map<std::string, void (*)()> kTests = {
      }},
     {"publish_in_turn",
      [] {
-       std::vector<float> missed(2);
-       std::vector<uint32_t> flags(4);
+       std::vector<float> missed(128);
+       std::vector<uint32_t> flags(129);
        start(publish_in_turn, {.grid = {4}, .threads = 64, .cluster = 2, .whole_grid = true},
              missed.data(), flags.data(), 20);
        print("missed", missed);
@@ -489,7 +480,7 @@ const std::map<std::string, void (*)()> kTests = {
        float stale = 0;
        uint32_t flags[2] = {}, data = 0;
        start(write_too_late, {.grid = {2}, .threads = 32, .whole_grid = true}, &stale, flags, &data,
-             100);
+             1000);
        print("stale", {stale});
      }},
     {"flag_in_shared_memory",
