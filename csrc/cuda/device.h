@@ -82,8 +82,7 @@ Error prepare(void (*kernel)(Parameters...), const Launch& how) {
   return error_of(status);
 }
 
-// The form in which CUDA takes a Launch. `attributes` has room for three, and must outlive
-// it.
+// The form in which CUDA takes a Launch. `attributes` has room for three, and must outlive it.
 inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -197,11 +198,14 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Block> blocks;  // that run at a time, cluster by cluster
   std::vector<Meeting> clusters;
-  std::deque<Thread*> ready;
+  std::vector<Thread*> ready;
+  size_t first_ready = 0;       // in fixed order, those before have gone
   std::vector<Thread*> asleep;  // ready as well; in random order only
   const Block* sleeping_block = nullptr;
   const Warp* sleeping_warp = nullptr;  // null: the whole block
+  bool sleeps_deeply = false;           // lets all mail arrive first
   uint64_t until_next_sleeper = 0;
+  int nap_bits = 0;
   std::deque<Letter> letters;
   std::vector<Number> numbers;                                    // in the order of publishing
   std::unordered_map<const void*, std::vector<Thread*>> readers;  // of a mailbox or a flag
@@ -256,20 +260,14 @@ void ready_now(Thread* thread) {
 void deliver_letter(size_t i);
 void deliver_number(size_t i);
 
-// Lets one of letters.size() + numbers.size() arrive. Letters come in any order. A number comes
-// after those that its cluster published before, as who sees it must see what its publisher may
-// have seen, and after those before it to the same flag.
+// Lets one of letters.size() + numbers.size() arrive. Letters come in any order, the numbers of a
+// cluster in theirs: who sees one must see what the thread that published it may have seen.
 void deliver(size_t i) {
   const Machine& m = machine;
   if (i < m.letters.size()) return deliver_letter(i);
-  const auto first = m.numbers.begin();
-  auto number = first + (i - m.letters.size());
-  for (auto before = first; before != number;) {
-    const bool ahead = before->flag == number->flag || before->cluster == number->cluster;
-    if (ahead) number = before;
-    before = ahead ? first : before + 1;
-  }
-  deliver_number(size_t(number - first));
+  const Meeting* cluster = m.numbers[i - m.letters.size()].cluster;
+  const auto first = std::ranges::find(m.numbers, cluster, &Number::cluster);
+  deliver_number(size_t(first - m.numbers.begin()));
 }
 
 // In random order a block or a warp oversleeps now and then, and its mail with it: for a random
@@ -282,7 +280,8 @@ bool sleeps(const Thread* thread) {
 void choose_sleeper() {
   Machine& m = machine;
   if (m.until_next_sleeper-- > 0) return;
-  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(11));
+  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(m.nap_bits));
+  m.sleeps_deeply = m.draw(2);
   m.sleeping_block = &m.blocks[m.draw(m.blocks.size())];
   auto& warps = m.sleeping_block->warps;
   m.sleeping_warp = m.draw(2) ? &warps[m.draw(warps.size())] : nullptr;
@@ -308,7 +307,7 @@ Thread* random_thread() {
       m.asleep.push_back(next);
     }
     const size_t under_way = m.letters.size() + m.numbers.size();
-    if (under_way && (m.asleep.empty() || m.draw(2))) {
+    if (under_way && (m.asleep.empty() || m.sleeps_deeply || m.draw(2))) {
       deliver(m.draw(under_way));
     } else if (!m.asleep.empty()) {
       std::swap(m.asleep[m.draw(m.asleep.size())], m.asleep.back());
@@ -325,13 +324,15 @@ Thread* random_thread() {
 Thread* next_thread() {
   Machine& m = machine;
   if (m.random) return random_thread();
+  if (2 * m.first_ready >= m.ready.size()) {
+    m.ready.erase(m.ready.begin(), m.ready.begin() + m.first_ready);
+    m.first_ready = 0;
+  }
   while (m.ready.empty()) {
     if (m.letters.empty() && m.numbers.empty()) return nullptr;
     deliver(0);  // as late as can be
   }
-  Thread* next = m.ready.front();
-  m.ready.pop_front();
-  return next;
+  return m.ready[m.first_ready++];
 }
 
 void enter(Thread* next) {
@@ -436,8 +437,10 @@ void run_together(const Start& start, std::span<const Index> clusters) {
   const size_t blocks = clusters.size() * start.cluster, count = blocks * start.threads;
   while (m.threads.size() < count) m.threads.push_back(std::make_unique<Thread>());
   m.ready.clear();
+  m.first_ready = 0;
   m.asleep.clear();
   m.until_next_sleeper = 0;
+  m.nap_bits = std::bit_width(4 * count);  // at most some 64 turns of every thread
   m.letters.clear();
   m.numbers.clear();
   m.readers.clear();
