@@ -205,26 +205,21 @@ class PlainBlock {
 constexpr int64_t kPrefetched = 4;  // steps that inputs are brought closer ahead of time
 
 // What enters a product, at its place.
-template <class S, class Product>
-TORCH_BPTT_DEVICE void put(unsigned char* place, const Step<S>& step, int64_t b, int row, int j,
-                           int count, Elements<Compute<S>, kUnits> value) {
-  if (const S* const mask = step.mask(b)) {
-    const auto factor = read_elements<kUnits>(mask + j, count);
-    for_elements<kUnits>(kUnits, [&](int e) { value[e] *= factor[e]; });
-  }
-  S elements[kUnits];
-  for_elements<kUnits>(kUnits, [&](int e) {
-    elements[e] = e < count ? Product::rounded(narrow<S>(value[e])) : S{};
-  });
-  constexpr int kAligned = sizeof(elements) < 16 ? sizeof(elements) : 16;
-  unsigned char* to = place + row * kRowBytes<S, Product::kWidth> + j * int(sizeof(S));
-  __builtin_memcpy(__builtin_assume_aligned(to, kAligned), elements, sizeof(elements));
+template <class Product, class S>
+TORCH_BPTT_DEVICE void put(unsigned char* place, int row, int j, int count,
+                           Elements<S, kUnits> values) {
+  for_elements<kUnits>(
+      kUnits, [&](int e) { values[e] = e < count ? Product::rounded(values[e]) : S{}; });
+  constexpr int kAligned = sizeof(values) < 16 ? sizeof(values) : 16;
+  unsigned char* const to = place + row * kRowBytes<S, Product::kWidth> + j * int(sizeof(S));
+  __builtin_memcpy(__builtin_assume_aligned(to, kAligned), &values, sizeof(values));
 }
 
-template <class S, class Product>
+template <class S, class Product, Known KNOWN>
 __global__ void __launch_bounds__(Product::kThreads, 1)
-    block_kernel(const __grid_constant__ Loop<S> loop, Steps steps) {
+    block_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps) {
   using C = Compute<S>;
+  using Step = cuda::Step<S, KNOWN>;
   constexpr int kGroups = Product::kGroups,
                 kPlaceBytes = Product::kRows * kRowBytes<S, Product::kWidth>;
   unsigned char* const places = shared_memory();
@@ -239,45 +234,46 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     return left < kUnits ? left : kUnits;
   };
   // Whether there is something to do for a group at a step.
-  const auto is_own = [&](const Step<S>& step, int group) {
+  const auto is_own = [&](const Step& step, int group) {
     return count_of(group) > 0 && product.finishes(group) && row_of(group) < step.rows();
   };
-
-  Elements<C, kUnits> arriving[kGroups] = {};
+  Constants<S, kUnits> constants[kGroups];
+  Elements<C, kUnits> leaking[kGroups] = {};
   Inputs<S, kUnits> inputs[kGroups];
   sync_block();
   {
-    const Step<S> step(loop, steps.begin);
+    const Step first(loop, steps.begin);
     TORCH_BPTT_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      if (!is_own(step, group)) continue;
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
-      if (const S* const row = step.arriving(b).row)
-        arriving[group] = read_elements<kUnits>(row + j, count);
-      inputs[group] = step.template inputs<kUnits>(b, j, count);
-      put<S, Product>(places, step, b, product.row(group), j, count, arriving[group]);
+      if (count > 0 && product.finishes(group) && b < loop.schedule.B)
+        constants[group] = first.template constants<kUnits>(b, j, count);
+      if (!is_own(first, group)) continue;
+      leaking[group] = first.template leaking<kUnits>(b, j, count);
+      inputs[group] = first.template inputs<kUnits>(b, j, count);
+      put<Product>(places, product.row(group), j, count,
+                   first.template entering<kUnits>(b, j, count));
     }
   }
   for (int64_t i = steps.begin; i < steps.end; ++i) {
     unsigned char* const here = places + (i - steps.begin) % 2 * kPlaceBytes;
     unsigned char* const there = places + (i + 1 - steps.begin) % 2 * kPlaceBytes;
     const bool last = i + 1 == steps.end;
-    const Step<S> step(loop, i), next(loop, last ? i : i + 1);
-    Arriving<S> to_come[kGroups] = {};
+    const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
+    Origin origin[kGroups] = {};
     Inputs<S, kUnits> ahead[kGroups];
     TORCH_BPTT_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
-      if (j % 32 == 0 && i + kPrefetched < steps.end)  // one thread for a line of float32
-        if (const Step<S> later(loop, i + kPrefetched); is_own(later, group)) later.prefetch(b, j);
+      if (j % 32 == 0 && i + kPrefetched < steps.end && is_own(later, group))
+        later.prefetch(b, j);  // one thread for a line of float32
       if (!Product::kReadsAhead && i > steps.begin && is_own(step, group))
         inputs[group] = step.template inputs<kUnits>(b, j, count);
       if (last || !is_own(next, group)) continue;
-      if (!Product::kReadsAhead) continue;
-      to_come[group] = next.arriving(b);
-      ahead[group] = next.template inputs<kUnits>(b, j, count);
+      origin[group] = next.origin(b);
+      if (Product::kReadsAhead) ahead[group] = next.template inputs<kUnits>(b, j, count);
     }
     sync_block();
     product.multiply(here);
@@ -285,19 +281,22 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
-      Elements<S, kUnits> state{};
+      Finished<S, kUnits> finished;
       if (is_own(step, group))
-        state = step.template finish<kUnits>(b, j, count, product.result(group), arriving[group],
-                                             inputs[group]);
+        finished = step.template finish<kUnits>(b, j, count, product.result(group), leaking[group],
+                                                inputs[group], constants[group]);
+      if (!last && is_own(next, group)) {
+        const auto state =
+            next.template arriving<kUnits>(origin[group], b, j, count, finished);
+        leaking[group] = next.leaking(finished, state);
+        put<Product>(there, product.row(group), j, count, next.entering(state, constants[group]));
+      }
+      // Other threads wait for what enters: what only memory gets comes after it.
+      if (is_own(step, group)) {
+        step.write(b, j, count, finished);
+        if (last) step.hand_over(b, j, count, finished);
+      }
       if (Product::kReadsAhead) inputs[group] = ahead[group];
-      if (last || !is_own(next, group)) continue;
-      if (!Product::kReadsAhead) to_come[group] = next.arriving(b);
-      arriving[group] = {};
-      if (to_come[group].carried)
-        for_elements<kUnits>(kUnits, [&](int e) { arriving[group][e] = widen(state[e]); });
-      else if (const S* const row = to_come[group].row)
-        arriving[group] = read_elements<kUnits>(row + j, count);
-      put<S, Product>(there, next, b, product.row(group), j, count, arriving[group]);
     }
   }
 }
@@ -314,13 +313,15 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
   how.threads = Product::kThreads;
   how.shared_bytes = 2 * Product::kRows * kRowBytes<S, Product::kWidth>;
   how.stream = stream;
-  const auto kernel = block_kernel<S, Product>;
-  if (Error error = prepare(kernel, how)) return error;
-  for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-    part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
-    if (Error error = launch(kernel, how, loop, part)) return error;
-  }
-  return nullptr;
+  return run_knowing(loop, kUnits, [&]<Known KNOWN>() -> Error {
+    const auto kernel = block_kernel<S, Product, KNOWN>;
+    if (Error error = prepare(kernel, how)) return error;
+    for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
+      part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
+      if (Error error = launch(kernel, how, loop, part)) return error;
+    }
+    return nullptr;
+  });
 }
 
 template <class S, int WIDTH>

@@ -66,11 +66,12 @@ struct Letter {
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-template <class S, class Product>
+template <class S, class Product, Known KNOWN>
 __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                    const __grid_constant__ ClusterLayout layout) {
   using C = Compute<S>;
+  using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = ClusterLayout::kRegisterChunks,
                 kUnrolled = ClusterLayout::kUnrolled;
   unsigned char* const memory = shared_memory();
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
   const int64_t b = b0 + row;
   const int j = unit0 + unit, left = int(loop.H) - j;
   const int count = left < 0 ? 0 : left < kQuad ? left : kQuad;
-  const bool mine = row < rows;
+  const bool sends = row < rows, mine = sends && count > 0;
 
   // Zeros where no units and no rows are; then what enters the first step.
   for (int at = thread * 16; at < 2 * layout.place_bytes; at += int(block_threads()) * 16)
@@ -125,35 +126,31 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     publish_mailboxes();
   }
   sync_block();
-  Elements<C, kQuad> arriving{};  // with alpha the quad needs it besides the product
+  Constants<S, kQuad> constants;
+  Elements<C, kQuad> leaking{};
   {
-    const Step<S> first(loop, steps.begin);
+    const Step first(loop, steps.begin);
     for (int r = warp; r < rows; r += int(block_threads()) / kWarp) {
       if (b0 + r >= first.rows()) continue;
-      const Arriving<S> from = first.arriving(b0 + r);
-      const S* const mask = first.mask(b0 + r);
       S* const to = reinterpret_cast<S*>(place(0) + r * layout.row_bytes);
       for (int64_t k = lane; k < loop.H; k += kWarp)
-        to[k] =
-            entering_elements<Product>(arriving_elements<1, S>(from, k, 1, nullptr), mask, k, 1)[0];
+        to[k] = rounded<Product>(first.template entering<1>(b0 + r, k, 1))[0];
     }
-    if (loop.alpha && mine && b < first.rows())
-      arriving = widened(arriving_elements<kQuad, S>(first.arriving(b), j, count, nullptr));
+    if (mine) constants = first.template constants<kQuad>(b, j, count);
+    if (mine && b < first.rows()) leaking = first.template leaking<kQuad>(b, j, count);
   }
   sync_cluster();
 
   for (int64_t i = steps.begin; i < steps.end; ++i) {
     const int64_t s = i - steps.begin;
     const bool last = i + 1 == steps.end;
-    const Step<S> step(loop, i), next(loop, last ? i : i + 1);
+    const Step step(loop, i), next(loop, i + 1);
 
+    const bool exists = mine && b < step.rows(), goes_on = mine && !last && b < next.rows();
     Inputs<S, kQuad> inputs;
-    if (mine && b < step.rows()) inputs = step.template inputs<kQuad>(b, j, count);
-    if (mine && count > 0 && i + kPrefetched < steps.end)
-      Step<S>(loop, i + kPrefetched).prefetch(b, j);
-    const bool goes_on = mine && !last && b < next.rows();
-    const Arriving<S> next_from = goes_on ? next.arriving(b) : Arriving<S>{};
-    const S* const next_mask = goes_on ? next.mask(b) : nullptr;
+    if (exists) inputs = step.template inputs<kQuad>(b, j, count);
+    if (mine && i + kPrefetched < steps.end) Step(loop, i + kPrefetched).prefetch(b, j);
+    const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
     if (thread == 0 && !last)
       arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
@@ -177,59 +174,68 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
             read_pieces(ahead, group + kUnrolled, read);
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
-            product.add(weight[group + k], weight[group + k + 1], pieces[k / 2]);
+            product.add(k / 2, weight[group + k], weight[group + k + 1], pieces[k / 2]);
         } else {
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
-            product.add(weight[group + k], weight[group + k + 1], read(group + k));
+            product.add(k / 2, weight[group + k], weight[group + k + 1], read(group + k));
         }
         if (group + kUnrolled >= chunks) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
-      for (int chunk = kRegisterChunks; chunk < chunks; chunk += 2) {
-        const Words4 even = more_weight[(chunk - kRegisterChunks) * kWarp],
-                     odd = more_weight[(chunk + 1 - kRegisterChunks) * kWarp];
-        product.add(even.word, odd.word, read(chunk));
+      for (int group = kRegisterChunks; group < chunks; group += kUnrolled) {
+        TORCH_BPTT_UNROLL
+        for (int k = 0; k < kUnrolled; k += 2) {
+          const Words4* const words = more_weight + (group + k - kRegisterChunks) * kWarp;
+          const Words4 even = words[0], odd = words[kWarp];
+          product.add(k / 2, even.word, odd.word, read(group + k));
+        }
       }
       product.store(sums + part * layout.part_sums + r * layout.sum_stride + tile * 16,
                     layout.sum_stride, lane);
     }
     sync_block();
 
-    Elements<S, kQuad> state{};
-    if (mine && b < step.rows()) {
+    Finished<S, kQuad> finished;
+    if (exists) {
       Elements<C, kQuad> sum{};
       TORCH_BPTT_UNROLL_LITTLE
       for (int p = 0; p < layout.parts; ++p) {
         const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
         for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
       }
-      state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+      finished = step.template finish<kQuad>(b, j, count, sum, leaking, inputs, constants);
     }
-    if (last) continue;
-
-    if (goes_on) {
-      state = arriving_elements(next_from, j, count, &state);
-      arriving = widened(state);
-      state = entering_elements<Product>(state, next_mask, j, count);
-    } else {
-      state = {};
-    }
-    warp_sync();
-    const Letter<S> letter(state);
-    if (!mine) continue;
-    unsigned char* const to = place(s + 1) + row * layout.row_bytes + j / Letter<S>::kElements * 16;
-    for (int block = lane % Letter<S>::kThreads; block < blocks; block += Letter<S>::kThreads) {
+    if (!last) {
+      Elements<S, kQuad> state{};
+      if (goes_on) {
+        state = next.template arriving<kQuad>(origin, b, j, count, finished);
+        leaking = next.leaking(finished, state);
+        state = rounded<Product>(next.entering(state, constants));
+      }
+      warp_sync();
+      const Letter<S> letter(state);
+      unsigned char* const to =
+          place(s + 1) + row * layout.row_bytes + j / Letter<S>::kElements * 16;
       // Every block begins with another one, so that not all letters go the same way at once.
-      const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
-      send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
+      if (sends)
+        for (int block = lane % Letter<S>::kThreads; block < blocks; block += Letter<S>::kThreads) {
+          const unsigned peer =
+              unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
+          send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
+        }
+    }
+    // Others wait for the letters: what only memory gets comes after them.
+    if (exists) {
+      step.write(b, j, count, finished);
+      if (last) step.hand_over(b, j, count, finished);
     }
   }
 }
 
 #else
 
-template <class S, class Product>
+template <class S, class Product, Known KNOWN>
 __global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
                                const __grid_constant__ ClusterLayout) {
   __trap();  // no clusters before sm_90: the plan never comes here
@@ -246,28 +252,31 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   how.cluster = plan.cluster;
   how.shared_bytes = layout.shared_bytes;
   how.stream = stream;
-  const auto kernel = cluster_kernel<S, Product>;
-  if (Error error = prepare(kernel, how)) return error;
-  return launch(kernel, how, loop, steps, layout);
+  return run_knowing(loop, kQuad, [&]<Known KNOWN>() {
+    const auto kernel = cluster_kernel<S, Product, KNOWN>;
+    if (Error error = prepare(kernel, how)) return error;
+    return launch(kernel, how, loop, steps, layout);
+  });
 }
 
 }  // namespace
 
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
-  if (plan.units == Units::tensor) return run<S, TensorProduct<S>>(loop, steps, plan, stream);
+  if (plan.units == Units::tensor) return run<S, TensorProduct<S, 4>>(loop, steps, plan, stream);
   if constexpr (std::is_same_v<S, float>) return run<S, PlainProduct>(loop, steps, plan, stream);
   return "the plan asks for a product that was not compiled";
 }
 
 int largest_cluster(int64_t shared_bytes) {
+  const auto kernel = cluster_kernel<float, PlainProduct, Known{int(Pass::forward), true, true}>;
   for (int cluster = 16; cluster > 1; cluster /= 2) {
     Launch how;
     how.grid.x = how.cluster = unsigned(cluster);
     how.threads = ClusterLayout::kMaxThreads;
     how.shared_bytes = size_t(shared_bytes);
     int clusters = 0;
-    const Error error = active_clusters(cluster_kernel<float, PlainProduct>, how, &clusters);
+    const Error error = active_clusters(kernel, how, &clusters);
     if (!error && clusters > 0) return cluster;
   }
   return 0;

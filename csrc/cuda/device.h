@@ -451,7 +451,9 @@ TORCH_BPTT_DEVICE void arrive_expecting(Mailbox* box, int bytes) {
                : "memory");
 }
 // Waits for the end of the phase of that parity (0 for the first). Ten seconds are a fault, and end
-// the kernel with an error like an assertion: never a hang.
+// the kernel with an error like an assertion: never a hang. It acquires for the block alone: what
+// letters bring lies in the block's own shared memory, and nothing else is handed over with them.
+// (Acquiring for the cluster would empty the first-level cache at every wait.)
 TORCH_BPTT_DEVICE void wait_for_mail(Mailbox* box, unsigned parity) {
   const unsigned address = shared_address(box);
   uint64_t start = 0;
@@ -459,7 +461,7 @@ TORCH_BPTT_DEVICE void wait_for_mail(Mailbox* box, unsigned parity) {
     unsigned done;
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(address), "r"(parity)

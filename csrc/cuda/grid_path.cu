@@ -160,7 +160,7 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
     for (int octet = 0; octet < OCTETS; ++octet) {
       TORCH_BPTT_UNROLL
       for (int tile = 0; tile < TILES; ++tile)
-        product[octet][tile].add(weight[chunk][tile], weight[chunk + 1][tile], pieces[octet]);
+        product[octet][tile].add(chunk / 2, weight[chunk][tile], weight[chunk + 1][tile], pieces[octet]);
     }
   }
   TORCH_BPTT_UNROLL_LITTLE
@@ -175,7 +175,7 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
                    odd = more_weight[((chunk + 1 - CHUNKS) * TILES + tile) * kWarp];
       TORCH_BPTT_UNROLL
       for (int octet = 0; octet < OCTETS; ++octet)
-        product[octet][tile].add(even.word, odd.word, pieces[octet]);
+        product[octet][tile].add(0, even.word, odd.word, pieces[octet]);
     }
   }
   TORCH_BPTT_UNROLL
@@ -190,12 +190,13 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-template <class S, class Product, int TILES>
+template <class S, class Product, int TILES, Known KNOWN>
 __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                 const __grid_constant__ GridLayout layout,
                 const __grid_constant__ Workspace workspace) {
   using C = Compute<S>;
+  using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
   // Rows that are multiplied together: as many as there are registers for their sums.
   constexpr int kTogether = (Product::kReadAhead ? 2 : 1) * GridLayout::kTileRows;
@@ -265,11 +266,10 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   const Remote receiver = in_block(unsigned(send_unit / layout.own_units), memory);
   const int letter = rank * layout.rows * layout.own_units + send_unit % layout.own_units;
 
-  const auto mine = [&](int group) { return own_row < layout.rows_of(group); };
+  const auto mine = [&](int group) { return count > 0 && own_row < layout.rows_of(group); };
   const auto batch_row = [&](int group) { return int64_t(group) * layout.rows + own_row; };
   // This thread's part of what enters step s, where all blocks find it.
   const auto write_entering = [&](int64_t s, int group, const Elements<S, kQuad>& values) {
-    if (count == 0) return;
     unsigned char* const to =
         workspace.states_of(layout, s, batch_row(group)) + j * int64_t(sizeof(S));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
@@ -286,15 +286,16 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     for (int i = 0; i < 2 * layout.groups; ++i) init_mailbox(box(i & 1, i >> 1), 1);
     publish_mailboxes();
   }
+  // Of the quad; its mask depends on the group, and is read with that.
+  const Constants<S, kQuad> of_units =
+      count > 0 ? Step::template of_units<kQuad>(loop, j, count) : Constants<S, kQuad>{};
   {
-    const Step<S> first(loop, steps.begin);
+    const Step first(loop, steps.begin);
     for (int group = 0; group < layout.groups; ++group) {
       const int64_t b = batch_row(group);
       Elements<S, kQuad> state{};
       if (mine(group) && b < first.rows())
-        state = entering_elements<Product>(
-            arriving_elements<kQuad, S>(first.arriving(b), j, count, nullptr), first.mask(b), j,
-            count);
+        state = rounded<Product>(first.template entering<kQuad>(b, j, count));
       if (mine(group)) write_entering(0, group, state);
       publish_entering(0, group);
     }
@@ -354,25 +355,23 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       }
     }
 
-    const bool prefetches = count > 0 && i + kPrefetched < steps.end;
-    const Step<S> step(loop, i), next(loop, last ? i : i + 1),
-        later(loop, prefetches ? i + kPrefetched : i);
+    const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     for (int group = 0; group < layout.groups; ++group) {
       const int64_t b = batch_row(group);
-      const bool exists = mine(group) && b < step.rows();
-      const bool goes_on = mine(group) && !last && b < next.rows();
+      const bool exists = mine(group) && b < step.rows(),
+                 goes_on = mine(group) && !last && b < next.rows();
+      Constants<S, kQuad> constants = of_units;
       Inputs<S, kQuad> inputs;
-      Elements<C, kQuad> arriving{};  // with alpha the quad needs it besides the product
+      Elements<C, kQuad> leaking{};
       if (exists) {
         inputs = step.template inputs<kQuad>(b, j, count);
-        if (loop.alpha)
-          arriving = widened(arriving_elements<kQuad, S>(step.arriving(b), j, count, nullptr));
+        leaking = step.template leaking<kQuad>(b, j, count);
       }
-      if (prefetches && mine(group)) later.prefetch(b, j);
-      const Arriving<S> next_from = goes_on ? next.arriving(b) : Arriving<S>{};
-      const S* const next_mask = goes_on ? next.mask(b) : nullptr;
+      if (mine(group)) constants.mask = step.template mask_of<kQuad>(b, j, count);
+      if (mine(group) && i + kPrefetched < steps.end) later.prefetch(b, j);
+      const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
       wait_for_mail(box(s, group), unsigned(s >> 1 & 1));
-      Elements<S, kQuad> state{};
+      Finished<S, kQuad> finished;
       if (exists) {
         Elements<C, kQuad> sum{};
         const float* const from = letters(s, group) + own_row * layout.own_units + own_unit;
@@ -381,23 +380,29 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
           const Words4 add = load16(from + r * layout.rows * layout.own_units);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
-        state = step.template finish<kQuad>(b, j, count, sum, arriving, inputs);
+        finished = step.template finish<kQuad>(b, j, count, sum, leaking, inputs, constants);
       }
-      if (last) continue;
-      if (goes_on)
-        state = entering_elements<Product>(arriving_elements(next_from, j, count, &state),
-                                           next_mask, j, count);
-      else
-        state = {};
-      if (mine(group)) write_entering(s + 1, group, state);
-      publish_entering(s + 1, group);
+      if (!last) {
+        Elements<S, kQuad> state{};
+        if (goes_on) {
+          state = next.template arriving<kQuad>(origin, b, j, count, finished);
+          state = rounded<Product>(next.entering(state, constants));
+        }
+        if (mine(group)) write_entering(s + 1, group, state);
+        publish_entering(s + 1, group);
+      }
+      // Others wait for what enters: what is for later comes after it.
+      if (exists) {
+        step.write(b, j, count, finished);
+        step.hand_over(b, j, count, finished);
+      }
     }
   }
 }
 
 #else
 
-template <class S, class Product, int TILES>
+template <class S, class Product, int TILES, Known KNOWN>
 __global__ void grid_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
                             const __grid_constant__ GridLayout, const __grid_constant__ Workspace) {
   __trap();  // no clusters before sm_90: the plan never comes here
@@ -422,15 +427,17 @@ Launch launch_of(const GridLayout& layout, void* stream) {
 template <class S, class Product, int TILES>
 Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memory, void* stream) {
   const Launch how = launch_of(layout, stream);
-  const auto kernel = grid_kernel<S, Product, TILES>;
-  if (Error error = prepare(kernel, how)) return error;
   const Workspace workspace(layout, memory);
-  for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-    part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
-    if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
-    if (Error error = launch(kernel, how, loop, part, layout, workspace)) return error;
-  }
-  return nullptr;
+  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
+    const auto kernel = grid_kernel<S, Product, TILES, KNOWN>;
+    if (Error error = prepare(kernel, how)) return error;
+    for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
+      part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
+      if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
+      if (Error error = launch(kernel, how, loop, part, layout, workspace)) return error;
+    }
+    return nullptr;
+  });
 }
 
 }  // namespace
@@ -441,9 +448,9 @@ Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* wo
   const GridLayout layout(loop.H, loop.schedule.B, sizeof(S), plan.cluster,
                           plan.blocks / plan.cluster, plan.rows, plan.tile);
   if (plan.units == Units::tensor) {
-    if (plan.tile == 1) return run<S, TensorProduct<S>, 1>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 2) return run<S, TensorProduct<S>, 2>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 3) return run<S, TensorProduct<S>, 3>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 1) return run<S, TensorProduct<S, 2>, 1>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 2) return run<S, TensorProduct<S, 2>, 2>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 3) return run<S, TensorProduct<S, 2>, 3>(loop, steps, layout, workspace, stream);
   } else if constexpr (std::is_same_v<S, float>) {
     if (plan.tile == 1) return run<S, PlainProduct, 1>(loop, steps, layout, workspace, stream);
   }
@@ -457,7 +464,9 @@ int whole_grid_clusters(int cluster, int64_t shared_bytes) {
   how.shared_bytes = size_t(shared_bytes);
   how.whole_grid = true;
   int clusters = 0;
-  const Error error = active_clusters(grid_kernel<float, TensorProduct<float>, 1>, how, &clusters);
+  const auto kernel =
+      grid_kernel<float, TensorProduct<float, 2>, 1, Known{int(Pass::forward), true, true}>;
+  const Error error = active_clusters(kernel, how, &clusters);
   return error ? 0 : clusters;
 }
 

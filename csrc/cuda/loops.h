@@ -29,7 +29,7 @@ struct Loop {
   Activation activation{};
   bool gate_given = false;  // `gate` is alpha f'(z) itself, not the f(z) that it is made of
   const C* alpha{};         // (H) null: ones
-  double clip = -1;         // adjoint: negative: none
+  C clip = -1;              // adjoint: negative: none
   const S* weight{};        // (H, H) contiguous, product[j] = sum_k entering[k] weight[j][k]
   Rows<const S> mask;       // (B, H) null: ones
 
@@ -67,6 +67,33 @@ struct Loop {
 // Some of a loop's steps, in its order; the state of the step before `begin` is there already.
 struct Steps {
   int64_t begin, end;
+};
+
+// Which rows step i, in the order of a loop, has to do with: each count is of the first rows of the
+// batch. A schedule of the host answers on the host, one of the device there.
+struct StepRows {
+  template <class S>
+  TORCH_BPTT_INLINE StepRows(const Loop<S>& loop, int64_t i)
+      : StepRows(loop.schedule, loop.pass, loop.before_first(), i) {}
+  TORCH_BPTT_INLINE StepRows(const Schedule& s, Pass pass, bool before_first, int64_t i) {
+    const bool adjoint = pass == Pass::adjoint;
+    t = adjoint ? s.step(s.T - 1 - i) : s.step(i);
+    from = adjoint ? s.after(t) : s.before(t);
+    existing = i < s.T ? s.rows_at(t) : 0;
+    received = i >= s.T ? 0 : adjoint ? s.rows_continuing(t) : s.rows_continued(t);
+    // Rows of the step before that have no step here: the recurrence runs once more for them.
+    closing = before_first && i > 0 ? s.rows_at(from) : 0;
+    handed_on = pass == Pass::forward && i < s.T ? s.rows_continuing(t) : 0;
+  }
+
+  // Rows [0, rows()) have something to do.
+  TORCH_BPTT_INLINE int64_t rows() const { return existing > closing ? existing : closing; }
+
+  int64_t t, from;    // this step, and the one whose state it goes on from
+  int64_t existing;   // rows of this step
+  int64_t received;   // of them, those that continue from `from`
+  int64_t closing;    // rows of `from`, where the loop goes on past a row's first step
+  int64_t handed_on;  // forward: rows that have a step after this one
 };
 
 }  // namespace torch_bptt::cuda

@@ -11,8 +11,9 @@ namespace torch_bptt::cuda {
 // How 16 units are multiplied with 8 rows. Either way a thread has 4 registers of each chunk of the
 // weight; register i begins with element `k` of unit `unit`.
 
-// Tensor cores. float is rounded to tf32, each weight and each state once.
-template <class S>
+// Tensor cores. float is rounded to tf32, each weight and each state once. The sum runs in CHAINS
+// of instructions that wait for the one before: a warp that has few tiles under way needs more.
+template <class S, int CHAINS>
 class TensorProduct {
  public:
   static constexpr int kElements = 4 / sizeof(S);  // of a register
@@ -37,16 +38,21 @@ class TensorProduct {
     warp_load_matrices(piece.of, rows + lane % 8 * row_bytes + lane / 8 * 16);
     return piece;
   }
-  TORCH_BPTT_DEVICE void add(const uint32_t (&even)[4], const uint32_t (&odd)[4],
+  // The `pair`th two chunks; known when it is compiled, or only whether it is even.
+  TORCH_BPTT_DEVICE void add(int pair, const uint32_t (&even)[4], const uint32_t (&odd)[4],
                              const Piece& piece) {
-    multiply(sums[0], even, {piece.of[0], piece.of[1]});
-    multiply(sums[1], odd, {piece.of[2], piece.of[3]});
+    const int chain = pair * 2 % CHAINS;
+    multiply(sums[chain], even, {piece.of[0], piece.of[1]});
+    multiply(sums[chain + 1], odd, {piece.of[2], piece.of[3]});
   }
 
   TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
     TORCH_BPTT_UNROLL
-    for (int i = 0; i < 4; ++i)
-      to[(2 * (lane % 4) + (i & 1)) * stride + lane / 4 + 8 * (i >> 1)] = sums[0][i] + sums[1][i];
+    for (int i = 0; i < 4; ++i) {
+      float sum = sums[0][i] + sums[1][i];
+      if constexpr (CHAINS == 4) sum += sums[2][i] + sums[3][i];
+      to[(2 * (lane % 4) + (i & 1)) * stride + lane / 4 + 8 * (i >> 1)] = sum;
+    }
   }
 
  private:
@@ -58,7 +64,8 @@ class TensorProduct {
       warp_mma<S>(sum, a, b);
   }
 
-  float sums[2][4] = {};  // of even chunks, of odd ones
+  static_assert(CHAINS == 2 || CHAINS == 4);
+  float sums[CHAINS][4] = {};  // of even chunks, of odd ones
 };
 
 // float in full. A thread has two units, 8 apart, and of every 16 k the 4 at 4 (lane % 4): one
@@ -82,7 +89,7 @@ class PlainProduct {
     for (int r = 0; r < 8; ++r) piece.row[r] = load16(rows + r * row_bytes + lane % 4 * 16);
     return piece;
   }
-  TORCH_BPTT_DEVICE void add(const uint32_t (&low)[4], const uint32_t (&high)[4],
+  TORCH_BPTT_DEVICE void add(int, const uint32_t (&low)[4], const uint32_t (&high)[4],
                              const Piece& piece) {
     TORCH_BPTT_UNROLL
     for (int r = 0; r < 8; ++r) {
@@ -159,30 +166,9 @@ constexpr int kQuad = Tiles::kQuad;
 // Steps ahead that the inputs are brought into the cache: a step takes about as long as memory.
 constexpr int kPrefetched = 3;
 
-// Elements [j, j + N) of what arrives at a step, of a row that exists there. `fresh` is the state
-// before it where that has just been computed.
-template <int N, class S>
-TORCH_BPTT_DEVICE Elements<S, N> arriving_elements(const Arriving<S>& from, int64_t j, int count,
-                                                   const Elements<S, N>* fresh) {
-  if (from.carried && fresh) return *fresh;
-  Elements<S, N> p{};
-  if (from.row) for_elements<N>(count, [&](int e) { p[e] = from.row[j + e]; });
-  return p;
-}
-
-template <int N, class S>
-TORCH_BPTT_DEVICE Elements<Compute<S>, N> widened(const Elements<S, N>& values) {
-  Elements<Compute<S>, N> wide;
-  for_elements<N>(N, [&](int e) { wide[e] = widen(values[e]); });
-  return wide;
-}
-
-// The same as it enters the product.
+// Elements as they enter the product.
 template <class Product, int N, class S>
-TORCH_BPTT_DEVICE Elements<S, N> entering_elements(Elements<S, N> p, const S* mask, int64_t j,
-                                                   int count) {
-  if (mask)
-    for_elements<N>(count, [&](int e) { p[e] = narrow<S>(widen(mask[j + e]) * widen(p[e])); });
+TORCH_BPTT_DEVICE Elements<S, N> rounded(Elements<S, N> p) {
   for_elements<N>(N, [&](int e) { p[e] = Product::rounded(p[e]); });
   return p;
 }

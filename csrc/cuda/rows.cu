@@ -19,20 +19,19 @@ __global__ void __launch_bounds__(512)
   if (int(thread_index()) < count) to[thread_index()] = from.number[thread_index()];
 }
 
+constexpr Known kForward{int(Pass::forward)};
+
 // m p_t of all rows. A block takes one step after another.
 template <class S>
 __global__ void __launch_bounds__(256)
     entering_rows_kernel(const __grid_constant__ Loop<S> loop, S* to) {
   const Schedule& s = loop.schedule;
   for (int64_t i = block_index().x; i < s.T; i += grid_blocks().x) {
-    const Step<S> step(loop, i);
+    const Step<S, kForward> step(loop, i);
     const int64_t t = s.step(i), elements = s.rows_at(t) * loop.H;
     for (int64_t e = thread_index(); e < elements; e += block_threads()) {
       const int64_t b = e / loop.H, j = e % loop.H;
-      const S *row = step.arriving(b).row, *mask = step.mask(b);
-      S value = row ? row[j] : S{};
-      if (mask) value = narrow<S>(widen(mask[j]) * widen(value));
-      to[s.offset(t) * loop.H + e] = value;
+      to[s.offset(t) * loop.H + e] = step.template entering<1>(b, j, 1)[0];
     }
   }
 }
@@ -52,10 +51,10 @@ __global__ void __launch_bounds__(256, 2)
   const int64_t end = begin + steps < s.T ? begin + steps : s.T;
   C sum = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const Step<S> step(loop, i);
+    const Step<S, kForward> step(loop, i);
     const int64_t t = s.step(i), rows = s.rows_at(t);
     for (int64_t b = share * parts + part; j < loop.H && b < rows; b += 8 * parts) {
-      const S* row = step.arriving(b).row;
+      const S* row = step.arriving(b);
       const C p = row ? widen(row[j]) : C(0);
       sum += d[(s.offset(t) + b) * loop.H + j] * (widen(s.row(loop.f, t, b)[j]) - p);
     }

@@ -8,6 +8,8 @@
 
 namespace torch_bptt::cuda {
 
+// ---- elements -----------------------------------------------------------------------------------
+
 // N elements of a row that follow each other. Of the last ones of a row only `count` exist.
 template <class V, int N>
 struct Elements {
@@ -21,221 +23,352 @@ TORCH_BPTT_DEVICE void for_elements(int count, Body body) {
   for (int e = 0; e < N; ++e)
     if (N == 1 || e < count) body(e);
 }
-template <int N, class S>
-TORCH_BPTT_DEVICE Elements<Compute<S>, N> read_elements(const S* from, int count) {
-  Elements<Compute<S>, N> values{};
-  for_elements<N>(count, [&](int e) { values[e] = widen(from[e]); });
-  return values;
+template <class S, int N>
+TORCH_BPTT_DEVICE Elements<Compute<S>, N> widened(const Elements<S, N>& values) {
+  Elements<Compute<S>, N> wide;
+  for_elements<N>(N, [&](int e) { wide[e] = widen(values[e]); });
+  return wide;
 }
 template <class S, class C, int N>
-TORCH_BPTT_DEVICE void write_elements(S* to, const Elements<C, N>& values, int count) {
-  for_elements<N>(count, [&](int e) { to[e] = narrow<S>(values[e]); });
+TORCH_BPTT_DEVICE Elements<S, N> narrowed(const Elements<C, N>& values) {
+  Elements<S, N> rounded;
+  for_elements<N>(N, [&](int e) { rounded[e] = narrow<S>(values[e]); });
+  return rounded;
 }
 
-// What elements need besides the product, as it lies in memory: nothing is computed with it before
-// finish(), so that no thread waits for it before.
+// What N elements of a row have at every step, so that a thread that keeps its elements reads it
+// once. What the loop has not got stays zero, and is not used.
+template <class S, int N>
+struct Constants {
+  Elements<Compute<S>, N> bias{};   // forward: the sum of both
+  Elements<Compute<S>, N> alpha{};
+  Elements<S, N> mask{};
+};
+
+// What they need at one step besides the product, as it lies in memory: nothing is computed with it
+// before finish(), so that no thread waits for it before.
 template <class S, int N>
 struct Inputs {
-  Elements<Compute<S>, N>
-      few{};  // forward: the sum of the biases; adjoint: g_n, at a row's last step
   Elements<Compute<S>, N> c{};  // forward
   Elements<S, N> g{};           // adjoint, tangent; forward: noise
   Elements<S, N> gate{};        // adjoint, tangent
+  Elements<S, N> g_n{};         // adjoint: at a row's last step
+  bool linked = false;          // adjoint: something comes back from the step after,
+  bool restarts = false;        // and it leaves to where the row restarts
+};
+
+// What becomes of the product.
+template <class S, int N>
+struct Finished {
+  Elements<S, N> state{};
+  Elements<Compute<S>, N> exact{};  // forward: f(z); adjoint: d; before they are rounded
+};
+
+// ---- steps --------------------------------------------------------------------------------------
+
+// What a kernel knows of its loop when it is compiled; for the rest it asks at every step.
+struct Known {
+  static constexpr int kAnyPass = -1;
+  int pass = kAnyPass;
+  bool dense = false;    // no packed rows
+  bool aligned = false;  // wherever N elements of a row are asked for, all of them exist, and one
+                         // access takes them, or several of 16 bytes: cuda::aligned()
 };
 
 // The state that arrives at a row.
-template <class S>
-struct Arriving {
-  const S* row;  // null: zeros
-  bool carried;  // it is `state` of the step before (in the order of the loop)
-};
+enum class Origin : int { nothing, state, first, restart };
 
 // Step i in the order of the loop.
-template <class S>
-class Step {
+template <class S, Known KNOWN = Known{}>
+class Step : private StepRows {
  public:
   using C = Compute<S>;
+  using StepRows::rows;
 
-  TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i) : l(loop) {
-    const Schedule& s = loop.schedule;
-    const bool adjoint = loop.pass == Pass::adjoint;
-    t = adjoint ? s.step(s.T - 1 - i) : s.step(i);
-    from = adjoint ? s.after(t) : s.before(t);
-    existing = i < s.T ? s.rows_at(t) : 0;
-    received = i >= s.T ? 0 : adjoint ? s.rows_continuing(t) : s.rows_continued(t);
-    // Rows of the step before that have no step here: the recurrence runs once more for them.
-    closing = loop.before_first() && i > 0 ? s.rows_at(from) : 0;
-    handed_on = loop.pass == Pass::forward && i < s.T ? s.rows_continuing(t) : 0;
+  TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i)
+      : StepRows(schedule_of(loop), pass_of(loop), before_first(loop), i),
+        l(loop),
+        s(schedule_of(loop)),
+        pass(pass_of(loop)) {}
+
+  // N elements of a row, of which `count` exist; all of them where they lie aligned.
+  template <int N, class V>
+  static TORCH_BPTT_DEVICE Elements<V, N> load(const V* from, int count) {
+    Elements<V, N> values{};
+    if constexpr (KNOWN.aligned)
+      __builtin_memcpy(&values, __builtin_assume_aligned(static_cast<const void*>(from), kAlignment<V, N>), sizeof values);
+    else
+      for_elements<N>(count, [&](int e) { values[e] = from[e]; });
+    return values;
+  }
+  template <int N, class V>
+  static TORCH_BPTT_DEVICE void store(V* to, const Elements<V, N>& values, int count) {
+    if constexpr (KNOWN.aligned)
+      __builtin_memcpy(__builtin_assume_aligned(static_cast<void*>(to), kAlignment<V, N>), &values, sizeof values);
+    else
+      for_elements<N>(count, [&](int e) { to[e] = values[e]; });
   }
 
-  // Rows [0, rows()) have something to do.
-  TORCH_BPTT_DEVICE int64_t rows() const { return existing > closing ? existing : closing; }
+  // ---- what arrives -----------------------------------------------------------------------------
 
-  // What is multiplied by the weight, before the mask.
-  TORCH_BPTT_DEVICE Arriving<S> arriving(int64_t b) const {
-    const Schedule& s = l.schedule;
-    if (l.pass == Pass::adjoint) {
-      const bool linked = b >= existing ? l.restart_sum || s.kept(from, b)
-                          : b >= received
+  // What is multiplied by the weight, before the mask: for rows b below rows(), as everywhere below.
+  TORCH_BPTT_DEVICE Origin origin(int64_t b) const {
+    if (pass == Pass::adjoint) {
+      const bool linked = !among(b, existing) ? l.restart_sum || s.kept(from, b)
+                          : !among(b, received)
                               ? false
                               : (l.restart_sum && !s.kept(from, b)) || s.linked(from, b);
-      return {linked ? s.row(l.state, from, b) : nullptr, linked};
+      return linked ? Origin::state : Origin::nothing;
     }
-    if (!s.kept(t, b)) return {given(l.restart, b), false};
-    if (l.pass == Pass::tangent && !s.linked(t, b)) return {nullptr, false};
-    if (b < received) return {s.row(l.state, from, b), true};
-    return {given(l.first, b), false};
+    if (!s.kept(t, b)) return l.restart.data ? Origin::restart : Origin::nothing;
+    if (pass == Pass::tangent && !s.linked(t, b)) return Origin::nothing;
+    if (among(b, received)) return Origin::state;
+    return l.first.data ? Origin::first : Origin::nothing;
+  }
+  // Null: zeros.
+  TORCH_BPTT_DEVICE const S* arriving(int64_t b, Origin origin) const {
+    switch (origin) {
+      case Origin::nothing:
+        return nullptr;
+      case Origin::state:  // of the step before (in the order of the loop)
+        return s.row(l.state, from, b);
+      case Origin::first:
+        return l.first.data + b * l.first.row;
+      case Origin::restart:
+        return l.restart.data + b * l.restart.row;
+    }
+    return nullptr;
+  }
+  TORCH_BPTT_DEVICE const S* arriving(int64_t b) const { return arriving(b, origin(b)); }
+
+  // Its elements, where `finished` is the step before.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> arriving(Origin origin, int64_t b, int64_t j, int count,
+                                            const Finished<S, N>& finished) const {
+    if (origin == Origin::state) return finished.state;
+    const S* const row = arriving(b, origin);
+    if (!row) return {};
+    return load<N>(row + j, count);
   }
 
   // The mask of what enters; null: ones. The adjoint has its mask behind the product.
   TORCH_BPTT_DEVICE const S* mask(int64_t b) const {
-    return l.pass == Pass::adjoint ? nullptr : given(l.mask, b);
+    return masks_entering() ? l.mask.data + b * l.mask.row : nullptr;
+  }
+  TORCH_BPTT_DEVICE bool masks_entering() const { return pass != Pass::adjoint && l.mask.data; }
+
+  // Elements [j, j + N) of what is multiplied by the weight in row b, of which `count` exist.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> entering(int64_t b, int64_t j, int count) const {
+    const S *const row = arriving(b), *const factor = mask(b);
+    if (!row) return {};
+    const Elements<S, N> p = load<N>(row + j, count);
+    if (!factor) return p;
+    return masked(p, load<N>(factor + j, count));
+  }
+  // The same, of what arrives.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> entering(const Elements<S, N>& arriving,
+                                            const Constants<S, N>& constants) const {
+    if (!masks_entering()) return arriving;
+    return masked(arriving, constants.mask);
   }
 
-  // Elements [j, j + N) of row b, of which `count` exist. All N go the same way through every
-  // option, so that they overlap.
+  // What the leak adds 1 - alpha times of: p, and in the adjoint d of the step after.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<C, N> leaking(int64_t b, int64_t j, int count) const {
+    if (!l.alpha) return {};
+    if (pass == Pass::adjoint) {
+      if (among(b, existing) && !among(b, received)) return {};
+      return load<N>(l.carried + b * l.H + j, count);
+    }
+    const S* const row = arriving(b);
+    if (!row) return {};
+    return widened(load<N>(row + j, count));
+  }
+  // The same for the step after this one, at which `arriving` arrives.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<C, N> leaking(const Finished<S, N>& finished,
+                                           const Elements<S, N>& arriving) const {
+    if (pass == Pass::adjoint) return finished.exact;
+    return widened(arriving);
+  }
+
+  // ---- what is read -----------------------------------------------------------------------------
+
+  template <int N>
+  TORCH_BPTT_DEVICE Constants<S, N> constants(int64_t b, int64_t j, int count) const {
+    Constants<S, N> all = of_units<N>(l, j, count);
+    all.mask = mask_of<N>(b, j, count);
+    return all;
+  }
+  // Of these, what does not depend on the row.
+  template <int N>
+  static TORCH_BPTT_DEVICE Constants<S, N> of_units(const Loop<S>& loop, int64_t j, int count) {
+    Constants<S, N> read;
+    if (pass_of(loop) == Pass::forward) {
+      TORCH_BPTT_UNROLL
+      for (const S* const bias : loop.bias) {
+        if (!bias) continue;
+        const Elements<S, N> more = load<N>(bias + j, count);
+        for_elements<N>(N, [&](int e) { read.bias[e] += widen(more[e]); });
+      }
+    }
+    if (loop.alpha) read.alpha = load<N>(loop.alpha + j, count);
+    return read;
+  }
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> mask_of(int64_t b, int64_t j, int count) const {
+    if (!l.mask.data) return {};
+    return load<N>(l.mask.data + b * l.mask.row + j, count);
+  }
+
+  // Nothing that the loop writes before this step is among it.
   template <int N>
   TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count) const {
     Inputs<S, N> in;
-    if (b >= existing) return in;
-    const auto read = [&](auto& to, const auto* from) {
-      for_elements<N>(count, [&](int e) { to[e] = from[e]; });
-    };
-    const auto add = [&](const S* from) {
-      for_elements<N>(count, [&](int e) { in.few[e] += widen(from[e]); });
-    };
-    const S* const g = g_row(b);
-    if (g) read(in.g, g + j);
-    if (l.pass == Pass::forward) {
-      if (l.bias[0]) add(l.bias[0] + j);
-      if (l.bias[1]) add(l.bias[1] + j);
-      read(in.c, c_row(b) + j);
+    if (!among(b, existing)) return in;
+    if (const S* const g = g_row(b)) in.g = load<N>(g + j, count);
+    if (pass == Pass::forward) {
+      in.c = load<N>(c_row(b) + j, count);
     } else {
-      if (l.g_n.data && b >= received) add(l.g_n.data + b * l.g_n.row + j);
-      read(in.gate, gate_row(b) + j);
+      in.gate = load<N>(gate_row(b) + j, count);
+    }
+    if (pass == Pass::adjoint) {
+      if (among(b, received)) {
+        in.restarts = l.restart_sum && !s.kept(from, b);
+        in.linked = in.restarts || s.linked(from, b);
+      } else if (l.g_n.data) {
+        in.g_n = load<N>(l.g_n.data + b * l.g_n.row + j, count);
+      }
     }
     return in;
   }
 
   // Brings closer what inputs() will read.
   TORCH_BPTT_DEVICE void prefetch(int64_t b, int64_t j) const {
-    if (b >= existing) return;
+    if (!among(b, existing)) return;
     if (const S* const g = g_row(b)) prefetch_line(g + j);
-    if (l.pass == Pass::forward)
+    if (pass == Pass::forward)
       prefetch_line(c_row(b) + j);
     else
       prefetch_line(gate_row(b) + j);
   }
 
-  // The product becomes the new state, which is written and returned. `arriving` are these elements
-  // of arriving(b), read with alpha alone, and not in the adjoint.
+  // ---- what becomes of the product --------------------------------------------------------------
+
+  // `leaking` is used with alpha alone.
   template <int N>
-  TORCH_BPTT_DEVICE Elements<S, N> finish(int64_t b, int64_t j, int count,
+  TORCH_BPTT_DEVICE Finished<S, N> finish(int64_t b, int64_t j, int count,
                                           const Elements<C, N>& product,
-                                          const Elements<C, N>& arriving,
-                                          const Inputs<S, N>& in) const {
-    if (l.pass == Pass::forward) return finish_forward(b, j, count, product, arriving, in);
-    if (l.pass == Pass::tangent) return finish_tangent(b, j, count, product, arriving, in);
-    if (b < existing) return finish_adjoint(b, j, count, product, in);
-    finish_before_first(b, j, count, product);
-    return {};
+                                          const Elements<C, N>& leaking, const Inputs<S, N>& in,
+                                          const Constants<S, N>& constants) const {
+    if (pass == Pass::forward) return finish_forward(product, leaking, in, constants);
+    if (pass == Pass::tangent) return finish_tangent(product, leaking, in, constants);
+    const Elements<C, N> back = going_back(product, leaking, constants);
+    if (among(b, existing)) return finish_adjoint(b, j, count, back, in, constants);
+    return finish_before_first(b, j, count, back);
+  }
+
+  // Writes it for those who come after the loop; where there is a step for each kernel, for the
+  // next one as well.
+  template <int N>
+  TORCH_BPTT_DEVICE void write(int64_t b, int64_t j, int count,
+                               const Finished<S, N>& finished) const {
+    if (pass == Pass::adjoint) {
+      const Elements<S, N> d = narrowed<S>(finished.exact);
+      if (!among(b, existing)) {
+        if (l.d0.data) store(l.d0.data + b * l.d0.row + j, d, count);
+        return;
+      }
+      if (l.d_exact.data) store(s.row(l.d_exact, t, b) + j, finished.exact, count);
+      if (l.d.data) store(s.row(l.d, t, b) + j, d, count);
+    }
+    store(s.row(l.state, t, b) + j, finished.state, count);
+    if (pass == Pass::forward) {
+      if (l.alpha) store(s.row(l.f, t, b) + j, narrowed<S>(finished.exact), count);
+      if (!among(b, handed_on)) store(l.h_n + b * l.H + j, finished.state, count);
+    }
+  }
+
+  // Writes what the leak of the next step needs besides that, where another kernel runs it.
+  template <int N>
+  TORCH_BPTT_DEVICE void hand_over(int64_t b, int64_t j, int count,
+                                   const Finished<S, N>& finished) const {
+    if (pass == Pass::adjoint && l.alpha && among(b, existing))
+      store(l.carried + b * l.H + j, finished.exact, count);
   }
 
  private:
   template <int N>
-  static TORCH_BPTT_DEVICE Elements<S, N> stored(const Elements<C, N>& values) {
-    Elements<S, N> rounded;
-    for_elements<N>(N, [&](int e) { rounded[e] = narrow<S>(values[e]); });
-    return rounded;
-  }
-  template <int N>
-  static TORCH_BPTT_DEVICE void copy(S* to, const Elements<S, N>& values, int count) {
-    for_elements<N>(count, [&](int e) { to[e] = values[e]; });
-  }
-
-  template <int N>
-  TORCH_BPTT_DEVICE Elements<S, N> finish_forward(int64_t b, int64_t j, int count,
-                                                  const Elements<C, N>& product,
-                                                  const Elements<C, N>& arriving,
-                                                  const Inputs<S, N>& in) const {
-    const Schedule& s = l.schedule;
-    Elements<C, N> h;
-    for_elements<N>(N, [&](int e) { h[e] = in.few[e] + widen(in.g[e]) + in.c[e] + product[e]; });
+  TORCH_BPTT_DEVICE Finished<S, N> finish_forward(const Elements<C, N>& product,
+                                                  const Elements<C, N>& leaking,
+                                                  const Inputs<S, N>& in,
+                                                  const Constants<S, N>& constants) const {
+    Elements<C, N> h, f;
+    for_elements<N>(
+        N, [&](int e) { f[e] = constants.bias[e] + widen(in.g[e]) + in.c[e] + product[e]; });
     switch (l.activation) {
 #define TORCH_BPTT_ENTRY(name, type)                                                   \
   case Activation::name:                                                               \
-    for_elements<N>(N, [&](int e) { h[e] = type::template value<DeviceMath>(h[e]); }); \
+    for_elements<N>(N, [&](int e) { f[e] = type::template value<DeviceMath>(f[e]); }); \
     break;
       TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
     }
-    if (l.alpha) {
-      write_elements(s.row(l.f, t, b) + j, h, count);
-      for_elements<N>(count, [&](int e) { h[e] = leak(l.alpha[j + e], arriving[e], h[e]); });
-    }
-    const Elements<S, N> state = stored(h);
-    copy(s.row(l.state, t, b) + j, state, count);
-    if (b >= handed_on) copy(l.h_n + b * l.H + j, state, count);
-    return state;
+    h = f;
+    if (l.alpha)
+      for_elements<N>(N, [&](int e) { h[e] = leak(constants.alpha[e], leaking[e], h[e]); });
+    return {narrowed<S>(h), f};
   }
 
   template <int N>
-  TORCH_BPTT_DEVICE Elements<S, N> finish_tangent(int64_t b, int64_t j, int count,
-                                                  const Elements<C, N>& product,
-                                                  const Elements<C, N>& arriving,
-                                                  const Inputs<S, N>& in) const {
+  TORCH_BPTT_DEVICE Finished<S, N> finish_tangent(const Elements<C, N>& product,
+                                                  const Elements<C, N>& leaking,
+                                                  const Inputs<S, N>& in,
+                                                  const Constants<S, N>& constants) const {
     Elements<C, N> q;
     for_elements<N>(N, [&](int e) { q[e] = widen(in.gate[e]) * product[e]; });
-    if (l.alpha) for_elements<N>(count, [&](int e) { q[e] += (1 - l.alpha[j + e]) * arriving[e]; });
+    if (l.alpha)
+      for_elements<N>(N, [&](int e) { q[e] += (1 - constants.alpha[e]) * leaking[e]; });
     for_elements<N>(N, [&](int e) { q[e] += widen(in.g[e]); });
-    const Elements<S, N> state = stored(q);
-    copy(l.schedule.row(l.state, t, b) + j, state, count);
-    return state;
+    return {narrowed<S>(q), {}};
   }
 
   // What goes back over a link: (1 - alpha) d_{t+1} + m (du_{t+1} W_hh).
   template <int N>
-  TORCH_BPTT_DEVICE Elements<C, N> going_back(int64_t b, int64_t j, int count,
-                                              const Elements<C, N>& product, bool linked) const {
+  TORCH_BPTT_DEVICE Elements<C, N> going_back(const Elements<C, N>& product,
+                                              const Elements<C, N>& leaking,
+                                              const Constants<S, N>& constants) const {
     Elements<C, N> d = product;
-    if (l.mask.data) {
-      const S* const mask = l.mask.data + b * l.mask.row + j;
-      for_elements<N>(count, [&](int e) { d[e] *= widen(mask[e]); });
-    }
-    if (l.alpha && linked) {
-      const C* const next = l.carried + b * l.H + j;
-      for_elements<N>(count, [&](int e) { d[e] += (1 - l.alpha[j + e]) * next[e]; });
-    }
+    if (l.mask.data) for_elements<N>(N, [&](int e) { d[e] *= widen(constants.mask[e]); });
+    if (l.alpha)
+      for_elements<N>(N, [&](int e) { d[e] += (1 - constants.alpha[e]) * leaking[e]; });
     return d;
   }
 
   template <int N>
   TORCH_BPTT_DEVICE void add_restart(int64_t b, int64_t j, int count,
                                      const Elements<C, N>& d) const {
-    C* const sum = l.restart_sum + b * l.H + j;
-    for_elements<N>(count, [&](int e) { sum[e] += d[e]; });
+    C* const place = l.restart_sum + b * l.H + j;
+    Elements<C, N> sum = load<N>(place, count);
+    for_elements<N>(N, [&](int e) { sum[e] += d[e]; });
+    store(place, sum, count);
   }
 
   template <int N>
-  TORCH_BPTT_DEVICE Elements<S, N> finish_adjoint(int64_t b, int64_t j, int count,
-                                                  const Elements<C, N>& product,
-                                                  const Inputs<S, N>& in) const {
-    const Schedule& s = l.schedule;
+  TORCH_BPTT_DEVICE Finished<S, N> finish_adjoint(int64_t b, int64_t j, int count,
+                                                  const Elements<C, N>& back,
+                                                  const Inputs<S, N>& in,
+                                                  const Constants<S, N>& constants) const {
     Elements<C, N> d{};
-    if (b < received) {
-      const bool restarts = l.restart_sum && !s.kept(from, b);
-      d = going_back(b, j, count, product, restarts || s.linked(from, b));
-      if (restarts) {
-        add_restart(b, j, count, d);
-        d = {};
-      }
-    }
-    for_elements<N>(N, [&](int e) { d[e] += widen(in.g[e]) + in.few[e]; });
-    if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], C(l.clip)); });
-    if (l.d_exact.data) write_elements(s.row(l.d_exact, t, b) + j, d, count);
-    if (l.d.data) write_elements(s.row(l.d, t, b) + j, d, count);
-    Elements<C, N> gate;
-    for_elements<N>(N, [&](int e) { gate[e] = widen(in.gate[e]); });
+    if (in.restarts)
+      add_restart(b, j, count, back);
+    else if (in.linked)
+      d = back;
+    for_elements<N>(N, [&](int e) { d[e] += widen(in.g[e]) + widen(in.g_n[e]); });
+    if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], l.clip); });
+    Elements<C, N> gate = widened(in.gate);
     if (!l.gate_given) {
       switch (l.activation) {
 #define TORCH_BPTT_ENTRY(name, type)                                    \
@@ -245,49 +378,104 @@ class Step {
         TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
       }
+      if (l.alpha) for_elements<N>(N, [&](int e) { gate[e] *= constants.alpha[e]; });
     }
-    if (l.alpha) {
-      write_elements(l.carried + b * l.H + j, d, count);
-      if (!l.gate_given) for_elements<N>(count, [&](int e) { gate[e] *= l.alpha[j + e]; });
-    }
-    for_elements<N>(N, [&](int e) { d[e] *= gate[e]; });
-    const Elements<S, N> state = stored(d);
-    copy(s.row(l.state, t, b) + j, state, count);
-    return state;
+    Elements<C, N> du;
+    for_elements<N>(N, [&](int e) { du[e] = d[e] * gate[e]; });
+    return {narrowed<S>(du), d};
   }
 
   // d before the row's first step: without g and without the clamp.
   template <int N>
-  TORCH_BPTT_DEVICE void finish_before_first(int64_t b, int64_t j, int count,
-                                             const Elements<C, N>& product) const {
-    Elements<C, N> d = going_back(b, j, count, product, true);
-    if (!l.schedule.kept(from, b)) {
-      if (l.restart_sum) add_restart(b, j, count, d);
-      d = {};
-    }
-    if (l.d0.data) write_elements(l.d0.data + b * l.d0.row + j, d, count);
+  TORCH_BPTT_DEVICE Finished<S, N> finish_before_first(int64_t b, int64_t j, int count,
+                                                       const Elements<C, N>& back) const {
+    if (s.kept(from, b)) return {{}, back};
+    if (l.restart_sum) add_restart(b, j, count, back);
+    return {};
+  }
+
+  template <int N>
+  static TORCH_BPTT_DEVICE Elements<S, N> masked(Elements<S, N> values,
+                                                 const Elements<S, N>& mask) {
+    for_elements<N>(N, [&](int e) { values[e] = narrow<S>(widen(mask[e]) * widen(values[e])); });
+    return values;
   }
 
   // Rows of this step. That of noise or g may be absent.
   TORCH_BPTT_DEVICE const C* c_row(int64_t b) const {
-    return l.c + (l.schedule.offset(t) + b - l.c_first) * l.H;
+    return l.c + (s.offset(t) + b - l.c_first) * l.H;
   }
   TORCH_BPTT_DEVICE const S* g_row(int64_t b) const {
-    const Rows<const S>& g = l.pass == Pass::forward ? l.noise : l.g;
-    return g.data ? l.schedule.row(g, t, b) : nullptr;
+    const Rows<const S>& g = pass == Pass::forward ? l.noise : l.g;
+    return g.data ? s.row(g, t, b) : nullptr;
   }
-  TORCH_BPTT_DEVICE const S* gate_row(int64_t b) const { return l.schedule.row(l.gate, t, b); }
+  TORCH_BPTT_DEVICE const S* gate_row(int64_t b) const { return s.row(l.gate, t, b); }
 
-  TORCH_BPTT_DEVICE static const S* given(const Rows<const S>& state, int64_t b) {
-    return state.data ? state.data + b * state.row : nullptr;
+  // Whether row b is among the first `count`, of which dense rows have all or none.
+  static TORCH_BPTT_DEVICE bool among(int64_t b, int64_t count) {
+    return KNOWN.dense ? count > 0 : b < count;
   }
+
+  // What is known replaces what the loop says, which lets the compiler drop the rest.
+  static TORCH_BPTT_DEVICE Pass pass_of(const Loop<S>& loop) {
+    return KNOWN.pass == Known::kAnyPass ? loop.pass : Pass(KNOWN.pass);
+  }
+  static TORCH_BPTT_DEVICE Schedule schedule_of(const Loop<S>& loop) {
+    Schedule schedule = loop.schedule;
+    if (KNOWN.dense) schedule.offsets = schedule.lengths = nullptr;
+    return schedule;
+  }
+  static TORCH_BPTT_DEVICE bool before_first(const Loop<S>& loop) {
+    return pass_of(loop) == Pass::adjoint && loop.before_first();
+  }
+
+  template <class V, int N>
+  static constexpr size_t kAlignment = N * sizeof(V) < 16 ? N * sizeof(V) : 16;
 
   const Loop<S>& l;
-  int64_t t, from;    // this step, and the one whose state it goes on from
-  int64_t existing;   // rows of this step
-  int64_t received;   // of them, those that continue from `from`
-  int64_t closing;    // rows of `from`, where the loop goes on past a row's first step
-  int64_t handed_on;  // forward: rows that have a step after this one
+  const Schedule s;
+  const Pass pass;
 };
+
+// ---- what kernels know --------------------------------------------------------------------------
+
+// Whether all that a step touches of a loop lies aligned for `elements` at a time, which divide H.
+template <class S>
+bool aligned(const Loop<S>& l, int elements) {
+  const auto lies_well = [&]<class V>(const V* data, int64_t step = 0, int64_t row = 0) {
+    const int64_t all = elements * int64_t(sizeof(V)), bytes = all < 16 ? all : 16;
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+           step * int64_t(sizeof(V)) % bytes == 0 && row * int64_t(sizeof(V)) % bytes == 0;
+  };
+  const auto rows_lie_well = [&](const auto&... rows) {
+    return (lies_well(rows.data, rows.step, rows.row) && ...);
+  };
+  const auto vectors_lie_well = [&](const auto*... data) { return (lies_well(data) && ...); };
+  return l.H % elements == 0 &&
+         rows_lie_well(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
+         rows_lie_well(l.state, l.f, l.d, l.d_exact, l.d0) &&
+         vectors_lie_well(l.alpha, l.c, l.bias[0], l.bias[1], l.h_n, l.restart_sum, l.carried);
+}
+
+// Has `run` start the kernel that knows most of such a loop: run.template operator()<Known>().
+// Threads of that kernel take `elements` at a time. Dense rows that lie well have kernels of their
+// own for each pass, since there every instruction of a step counts; so has each pass in general.
+template <class S, class Run>
+Error run_knowing(const Loop<S>& loop, int elements, Run run) {
+  const bool simple = !loop.schedule.offsets && aligned(loop, elements);
+  const auto run_pass = [&]<int PASS>() {
+    return simple ? run.template operator()<Known{PASS, true, true}>()
+                  : run.template operator()<Known{PASS, false, false}>();
+  };
+  switch (loop.pass) {
+    case Pass::forward:
+      return run_pass.template operator()<int(Pass::forward)>();
+    case Pass::adjoint:
+      return run_pass.template operator()<int(Pass::adjoint)>();
+    case Pass::tangent:
+      return run_pass.template operator()<int(Pass::tangent)>();
+  }
+  return "no such pass";
+}
 
 }  // namespace torch_bptt::cuda

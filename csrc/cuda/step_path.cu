@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
 
   if (int(thread_index()) < kTile.rows) {
     const int64_t b = row0 + thread_index();
-    rows[thread_index()] = b < step.rows() ? Row<S>{step.arriving(b).row, step.mask(b)} : Row<S>{};
+    rows[thread_index()] = b < step.rows() ? Row<S>{step.arriving(b), step.mask(b)} : Row<S>{};
   }
   sync_block();
 
@@ -281,11 +281,14 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
     const int row = row_of(e), unit = unit_of(e);
     const int64_t b = row0 + row, j = unit0 + unit;
     if (b >= step.rows() || j >= loop.H) continue;
-    Elements<C, 1> sum{}, arriving{};
+    Elements<C, 1> sum{};
     for (int group = 0; group < kTile.groups; ++group)
       sum[0] += sums[(group * kTile.rows + row) * kTile.sum_stride() + unit];
-    if (loop.alpha && rows[row].entering) arriving[0] = widen(rows[row].entering[j]);
-    step.template finish<1>(b, j, 1, sum, arriving, step.template inputs<1>(b, j, 1));
+    const auto finished = step.template finish<1>(
+        b, j, 1, sum, step.template leaking<1>(b, j, 1), step.template inputs<1>(b, j, 1),
+        step.template constants<1>(b, j, 1));
+    step.write(b, j, 1, finished);
+    step.hand_over(b, j, 1, finished);
   }
 }
 
