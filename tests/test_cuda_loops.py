@@ -381,7 +381,7 @@ BARRIER = "sync_block();\n"
 BROKEN = {
     "cluster": {
         "one place": ("kPlaces + (s & 1) *", "kPlaces + 0 * (s & 1) *"),
-        "no barrier before the sums are read": (f"{BARRIER}\n    Elements<S", "Elements<S"),
+        "no barrier before the sums are read": (f"{BARRIER}\n    Finished<S", "Finished<S"),
         "no wait": ("if (s > 0) wait_for_mail", "if (s < 0) wait_for_mail"),
         "no meeting before the first letter": ("  sync_cluster();\n", f"  {BARRIER}"),
     },

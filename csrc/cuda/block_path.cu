@@ -217,9 +217,13 @@ TORCH_BPTT_DEVICE void put(unsigned char* place, int row, int j, int count,
 
 template <class S, class Product, Known KNOWN>
 __global__ void __launch_bounds__(Product::kThreads, 1)
-    block_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps) {
+    block_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Pace pace,
+                 const __grid_constant__ Steps steps) {
   using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
+  // Whether there are registers for pointers that go along with the steps, and for what no step
+  // changes; else both are found anew.
+  constexpr bool kFollows = KNOWN.dense && Product::kReadsAhead, kKeeps = Product::kReadsAhead;
   constexpr int kGroups = Product::kGroups,
                 kPlaceBytes = Product::kRows * kRowBytes<S, Product::kWidth>;
   unsigned char* const places = shared_memory();
@@ -233,13 +237,15 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     const int left = int(loop.H) - product.unit(group);
     return left < kUnits ? left : kUnits;
   };
-  // Whether there is something to do for a group at a step.
-  const auto is_own = [&](const Step& step, int group) {
-    return count_of(group) > 0 && product.finishes(group) && row_of(group) < step.rows();
+  const auto is_mine = [&](int group) {
+    return count_of(group) > 0 && product.finishes(group) && row_of(group) < loop.schedule.B;
   };
+
   Constants<S, kUnits> constants[kGroups];
   Elements<C, kUnits> leaking[kGroups] = {};
   Inputs<S, kUnits> inputs[kGroups];
+  Sources<S> sources[kGroups];
+  Targets<S> targets[kGroups];
   sync_block();
   {
     const Step first(loop, steps.begin);
@@ -247,19 +253,22 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
-      if (count > 0 && product.finishes(group) && b < loop.schedule.B)
-        constants[group] = first.template constants<kUnits>(b, j, count);
-      if (!is_own(first, group)) continue;
+      if (!is_mine(group)) continue;
+      if (kKeeps) constants[group] = first.template constants<kUnits>(b, j, count);
+      if (!first.has(b)) continue;
+      sources[group] = first.sources(b, j), targets[group] = first.targets(b, j);
       leaking[group] = first.template leaking<kUnits>(b, j, count);
-      inputs[group] = first.template inputs<kUnits>(b, j, count);
+      inputs[group] = first.template inputs<kUnits>(b, j, count, sources[group]);
       put<Product>(places, product.row(group), j, count,
                    first.template entering<kUnits>(b, j, count));
     }
   }
-  for (int64_t i = steps.begin; i < steps.end; ++i) {
-    unsigned char* const here = places + (i - steps.begin) % 2 * kPlaceBytes;
-    unsigned char* const there = places + (i + 1 - steps.begin) % 2 * kPlaceBytes;
-    const bool last = i + 1 == steps.end;
+  const int many = int(steps.end - steps.begin);
+  for (int s = 0; s < many; ++s) {
+    unsigned char* const here = places + (s & 1) * kPlaceBytes;
+    unsigned char* const there = places + (~s & 1) * kPlaceBytes;
+    const bool last = s + 1 == many;
+    const int64_t i = steps.begin + s;
     const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     Origin origin[kGroups] = {};
     Inputs<S, kUnits> ahead[kGroups];
@@ -267,44 +276,56 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
-      if (j % 32 == 0 && i + kPrefetched < steps.end && is_own(later, group))
-        later.prefetch(b, j);  // one thread for a line of float32
-      if (!Product::kReadsAhead && i > steps.begin && is_own(step, group))
-        inputs[group] = step.template inputs<kUnits>(b, j, count);
-      if (last || !is_own(next, group)) continue;
+      if (!is_mine(group)) continue;
+      if (j % 32 == 0 && s + kPrefetched < many && later.has(b))  // one thread for a line of float32
+        later.prefetch(b, kFollows ? sources[group].after(kPrefetched, pace)
+                                   : later.sources(b, j));
+      if (!Product::kReadsAhead && s > 0 && step.has(b))
+        inputs[group] = step.template inputs<kUnits>(b, j, count, step.sources(b, j));
+      if (last || !next.has(b)) continue;
       origin[group] = next.origin(b);
-      if (Product::kReadsAhead) ahead[group] = next.template inputs<kUnits>(b, j, count);
+      if (!Product::kReadsAhead) continue;
+      sources[group] = kFollows ? sources[group].after(1, pace) : next.sources(b, j);
+      ahead[group] = next.template inputs<kUnits>(b, j, count, sources[group]);
     }
     sync_block();
+    Terms<S, kUnits> terms[kGroups];
+    if (Product::kReadsAhead) {  // while the product waits for its factors
+      TORCH_BPTT_UNROLL
+      for (int group = 0; group < kGroups; ++group)
+        terms[group] = step.terms(inputs[group], constants[group]);
+    }
     product.multiply(here);
     TORCH_BPTT_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
+      const bool exists = is_mine(group) && step.has(b);
+      if (!kKeeps && is_mine(group))
+        constants[group] = step.template constants<kUnits>(b, j, count);
+      if (!Product::kReadsAhead) terms[group] = step.terms(inputs[group], constants[group]);
       Finished<S, kUnits> finished;
-      if (is_own(step, group))
+      if (exists)
         finished = step.template finish<kUnits>(b, j, count, product.result(group), leaking[group],
-                                                inputs[group], constants[group]);
-      if (!last && is_own(next, group)) {
-        const auto state =
-            next.template arriving<kUnits>(origin[group], b, j, count, finished);
+                                                terms[group], constants[group]);
+      if (is_mine(group) && !last && next.has(b)) {
+        const auto state = next.template arriving<kUnits>(origin[group], b, j, count, finished);
         leaking[group] = next.leaking(finished, state);
         put<Product>(there, product.row(group), j, count, next.entering(state, constants[group]));
       }
       // Other threads wait for what enters: what only memory gets comes after it.
-      if (is_own(step, group)) {
-        step.write(b, j, count, finished);
+      if (exists) {
+        if (!kFollows) targets[group] = step.targets(b, j);
+        step.write(b, j, count, finished, targets[group]);
         if (last) step.hand_over(b, j, count, finished);
       }
+      if (kFollows) targets[group] = targets[group].after(1, pace);
       if (Product::kReadsAhead) inputs[group] = ahead[group];
     }
   }
 }
 
 // ---- starting it --------------------------------------------------------------------------------
-
-// A kernel that takes minutes would keep others waiting.
-constexpr int64_t kMostSteps = 4096;
 
 template <class S, class Product>
 Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
@@ -316,11 +337,8 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
   return run_knowing(loop, kUnits, [&]<Known KNOWN>() -> Error {
     const auto kernel = block_kernel<S, Product, KNOWN>;
     if (Error error = prepare(kernel, how)) return error;
-    for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-      part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
-      if (Error error = launch(kernel, how, loop, part)) return error;
-    }
-    return nullptr;
+    return run_in_parts(
+        steps, [&](Steps part) { return launch(kernel, how, loop, pace_of(loop), part); });
   });
 }
 

@@ -68,16 +68,20 @@ struct Letter {
 
 template <class S, class Product, Known KNOWN>
 __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
-    cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
+    cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Pace pace,
+                   const __grid_constant__ Steps steps,
                    const __grid_constant__ ClusterLayout layout) {
   using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
+  // Whether there are registers for pointers that go along with the steps, and for what no step
+  // changes; else both are found anew.
+  constexpr bool kFollows = KNOWN.dense && Product::kReadAhead, kKeeps = Product::kReadAhead;
   constexpr int kRegisterChunks = ClusterLayout::kRegisterChunks,
                 kUnrolled = ClusterLayout::kUnrolled;
   unsigned char* const memory = shared_memory();
   Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory);
   float* const sums = reinterpret_cast<float*>(memory + layout.sums);
-  const auto place = [&](int64_t s) {
+  const auto place = [&](int s) {
     return memory + ClusterLayout::kPlaces + (s & 1) * layout.place_bytes;
   };
   const int thread = int(thread_index()), lane = thread % kWarp, warp = thread / kWarp;
@@ -128,6 +132,8 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
   sync_block();
   Constants<S, kQuad> constants;
   Elements<C, kQuad> leaking{};
+  Sources<S> sources;
+  Targets<S> targets;
   {
     const Step first(loop, steps.begin);
     for (int r = warp; r < rows; r += int(block_threads()) / kWarp) {
@@ -136,24 +142,39 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
       for (int64_t k = lane; k < loop.H; k += kWarp)
         to[k] = rounded<Product>(first.template entering<1>(b0 + r, k, 1))[0];
     }
-    if (mine) constants = first.template constants<kQuad>(b, j, count);
-    if (mine && b < first.rows()) leaking = first.template leaking<kQuad>(b, j, count);
+    if (kKeeps && mine) constants = first.template constants<kQuad>(b, j, count);
+    if (mine && first.has(b)) leaking = first.template leaking<kQuad>(b, j, count);
+    if (kFollows && mine) sources = first.sources(b, j), targets = first.targets(b, j);
   }
   sync_cluster();
 
-  for (int64_t i = steps.begin; i < steps.end; ++i) {
-    const int64_t s = i - steps.begin;
-    const bool last = i + 1 == steps.end;
+  const int many = int(steps.end - steps.begin);
+  for (int s = 0; s < many; ++s) {
+    const bool last = s + 1 == many;
+    const int64_t i = steps.begin + s;
     const Step step(loop, i), next(loop, i + 1);
 
-    const bool exists = mine && b < step.rows(), goes_on = mine && !last && b < next.rows();
+    const bool exists = mine && step.has(b), goes_on = mine && !last && next.has(b);
     Inputs<S, kQuad> inputs;
-    if (exists) inputs = step.template inputs<kQuad>(b, j, count);
-    if (mine && i + kPrefetched < steps.end) Step(loop, i + kPrefetched).prefetch(b, j);
+    if (exists) {
+      if (!kFollows) sources = step.sources(b, j);
+      if (!kKeeps) constants = step.template constants<kQuad>(b, j, count);
+      inputs = step.template inputs<kQuad>(b, j, count, sources);
+    }
+    if (mine && s + kPrefetched < many) {
+      const Step later(loop, i + kPrefetched);
+      if (kFollows)
+        later.prefetch(b, sources.after(kPrefetched, pace));
+      else if (later.has(b))
+        later.prefetch(b, later.sources(b, j));
+    }
     const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
     if (thread == 0 && !last)
       arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
+    // While the product waits for its factors.
+    Terms<S, kQuad> terms;
+    if (exists) terms = step.terms(inputs, constants);
     warp_sync();  // lanes may have waited differently long, and what follows is of whole warps
 
     for (int r = 0; r < rows; r += ClusterLayout::kTileRows) {
@@ -163,24 +184,25 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
         return Product::read(from + chunk * ClusterLayout::kChunkBytes, layout.row_bytes, lane);
       };
       Product product;
-      typename Product::Piece ahead[kUnrolled / 2];
-      if constexpr (Product::kReadAhead) read_pieces(ahead, 0, read);
+      using Pieces = typename Product::Piece[kUnrolled / 2];
+      Pieces pieces;
+      if constexpr (Product::kReadAhead) read_pieces(pieces, 0, read);
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
+        const bool more = group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks;
         if constexpr (Product::kReadAhead) {
-          typename Product::Piece pieces[kUnrolled / 2];
-          copy_pieces(pieces, ahead);
-          if (group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks)
-            read_pieces(ahead, group + kUnrolled, read);
+          Pieces ahead;  // not a part of `pieces`: where there are none, nothing is copied
+          if (more) read_pieces(ahead, group + kUnrolled, read);
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
             product.add(k / 2, weight[group + k], weight[group + k + 1], pieces[k / 2]);
+          if (more) copy_pieces(pieces, ahead);
         } else {
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
             product.add(k / 2, weight[group + k], weight[group + k + 1], read(group + k));
         }
-        if (group + kUnrolled >= chunks) break;
+        if (!more) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
       for (int group = kRegisterChunks; group < chunks; group += kUnrolled) {
@@ -199,12 +221,21 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     Finished<S, kQuad> finished;
     if (exists) {
       Elements<C, kQuad> sum{};
-      TORCH_BPTT_UNROLL_LITTLE
-      for (int p = 0; p < layout.parts; ++p) {
-        const Words4 add = load16(sums + p * layout.part_sums + row * layout.sum_stride + unit);
-        for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
+      const float* const first = sums + row * layout.sum_stride + unit;
+      const auto read = [&](int p) { return load16(first + p * layout.part_sums); };
+      const auto add = [&](const Words4& part) {
+        for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(part.word[e]); });
+      };
+      // The number of parts is a power of two; they are read in few goes.
+      const Words4 part0 = read(0), part1 = layout.parts > 1 ? read(1) : Words4{};
+      add(part0), add(part1);
+      TORCH_BPTT_UNROLL
+      for (int p = 2; p < ClusterLayout::kMostParts; p *= 2) {
+        if (p >= layout.parts) break;
+        TORCH_BPTT_UNROLL
+        for (int q = 0; q < p; ++q) add(read(p + q));
       }
-      finished = step.template finish<kQuad>(b, j, count, sum, leaking, inputs, constants);
+      finished = step.template finish<kQuad>(b, j, count, sum, leaking, terms, constants);
     }
     if (!last) {
       Elements<S, kQuad> state{};
@@ -218,25 +249,29 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
       unsigned char* const to =
           place(s + 1) + row * layout.row_bytes + j / Letter<S>::kElements * 16;
       // Every block begins with another one, so that not all letters go the same way at once.
-      if (sends)
-        for (int block = lane % Letter<S>::kThreads; block < blocks; block += Letter<S>::kThreads) {
-          const unsigned peer =
-              unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
-          send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
-        }
+      TORCH_BPTT_UNROLL
+      for (int k = 0; sends && k < ClusterLayout::kMostBlocks; k += Letter<S>::kThreads) {
+        const int block = k + lane % Letter<S>::kThreads;
+        if (block >= blocks) break;
+        const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
+        send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
+      }
     }
     // Others wait for the letters: what only memory gets comes after them.
     if (exists) {
-      step.write(b, j, count, finished);
+      if (!kFollows) targets = step.targets(b, j);
+      step.write(b, j, count, finished, targets);
       if (last) step.hand_over(b, j, count, finished);
     }
+    if (kFollows) sources = sources.after(1, pace), targets = targets.after(1, pace);
   }
 }
 
 #else
 
 template <class S, class Product, Known KNOWN>
-__global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
+__global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Pace,
+                               const __grid_constant__ Steps,
                                const __grid_constant__ ClusterLayout) {
   __trap();  // no clusters before sm_90: the plan never comes here
 }
@@ -252,10 +287,12 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   how.cluster = plan.cluster;
   how.shared_bytes = layout.shared_bytes;
   how.stream = stream;
-  return run_knowing(loop, kQuad, [&]<Known KNOWN>() {
+  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
     const auto kernel = cluster_kernel<S, Product, KNOWN>;
     if (Error error = prepare(kernel, how)) return error;
-    return launch(kernel, how, loop, steps, layout);
+    return run_in_parts(steps, [&](Steps part) {
+      return launch(kernel, how, loop, pace_of(loop), part, layout);
+    });
   });
 }
 

@@ -37,10 +37,12 @@ struct Launch {
 // Null: it went well.
 using Error = const char*;
 
-// 16 bytes that move as one, and aligned to that.
-struct alignas(16) Words4 {
-  uint32_t word[4];
+// Bytes that move as one, and aligned to that: 4, 8 or 16.
+template <int BYTES>
+struct alignas(BYTES) Words {
+  uint32_t word[BYTES / 4];
 };
+using Words4 = Words<16>;
 
 constexpr int kWarp = 32;
 
@@ -145,14 +147,17 @@ TORCH_BPTT_DEVICE uint64_t nanoseconds() {
   return now;
 }
 
-// The block's shared memory, aligned to 128 bytes; uninitialised.
-TORCH_BPTT_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char torch_bptt_shared_memory[];
-  return torch_bptt_shared_memory;
-}
-
 TORCH_BPTT_DEVICE unsigned shared_address(const void* shared) {
   return unsigned(__cvta_generic_to_shared(shared));
+}
+
+// The block's shared memory, aligned to 128 bytes; uninitialised. To be called once: the compiler
+// keeps where it begins, which it would otherwise ask a special register for at every use.
+TORCH_BPTT_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char torch_bptt_shared_memory[];
+  unsigned address = shared_address(torch_bptt_shared_memory);
+  asm volatile("" : "+r"(address));
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 
 // ---- meeting ------------------------------------------------------------------------------------
@@ -226,6 +231,14 @@ TORCH_BPTT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value);
 // ---- memory -------------------------------------------------------------------------------------
 
 TORCH_BPTT_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
+template <int BYTES>
+TORCH_BPTT_DEVICE Words<BYTES> load_words(const void* from) {
+  return *static_cast<const Words<BYTES>*>(from);
+}
+template <int BYTES>
+TORCH_BPTT_DEVICE void store_words(void* to, const Words<BYTES>& value) {
+  *static_cast<Words<BYTES>*>(to) = value;
+}
 TORCH_BPTT_DEVICE Words4 load16(const void* from) { return *static_cast<const Words4*>(from); }
 TORCH_BPTT_DEVICE void store16(void* to, const Words4& value) { *static_cast<Words4*>(to) = value; }
 

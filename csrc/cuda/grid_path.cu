@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     for (int group = 0; group < layout.groups; ++group) {
       const int64_t b = batch_row(group);
       Elements<S, kQuad> state{};
-      if (mine(group) && b < first.rows())
+      if (mine(group) && first.has(b))
         state = rounded<Product>(first.template entering<kQuad>(b, j, count));
       if (mine(group)) write_entering(0, group, state);
       publish_entering(0, group);
@@ -358,18 +358,21 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     for (int group = 0; group < layout.groups; ++group) {
       const int64_t b = batch_row(group);
-      const bool exists = mine(group) && b < step.rows(),
-                 goes_on = mine(group) && !last && b < next.rows();
+      const bool exists = mine(group) && step.has(b),
+                 goes_on = mine(group) && !last && next.has(b);
       Constants<S, kQuad> constants = of_units;
       Inputs<S, kQuad> inputs;
       Elements<C, kQuad> leaking{};
       if (exists) {
-        inputs = step.template inputs<kQuad>(b, j, count);
+        inputs = step.template inputs<kQuad>(b, j, count, step.sources(b, j));
         leaking = step.template leaking<kQuad>(b, j, count);
       }
       if (mine(group)) constants.mask = step.template mask_of<kQuad>(b, j, count);
-      if (mine(group) && i + kPrefetched < steps.end) later.prefetch(b, j);
+      if (mine(group) && i + kPrefetched < steps.end && later.has(b))
+        later.prefetch(b, later.sources(b, j));
       const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
+      Terms<S, kQuad> terms;
+      if (exists) terms = step.terms(inputs, constants);
       wait_for_mail(box(s, group), unsigned(s >> 1 & 1));
       Finished<S, kQuad> finished;
       if (exists) {
@@ -380,7 +383,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
           const Words4 add = load16(from + r * layout.rows * layout.own_units);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
-        finished = step.template finish<kQuad>(b, j, count, sum, leaking, inputs, constants);
+        finished = step.template finish<kQuad>(b, j, count, sum, leaking, terms, constants);
       }
       if (!last) {
         Elements<S, kQuad> state{};
@@ -393,7 +396,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       }
       // Others wait for what enters: what is for later comes after it.
       if (exists) {
-        step.write(b, j, count, finished);
+        step.write(b, j, count, finished, step.targets(b, j));
         step.hand_over(b, j, count, finished);
       }
     }
@@ -409,9 +412,6 @@ __global__ void grid_kernel(const __grid_constant__ Loop<S>, const __grid_consta
 }
 
 #endif  // TORCH_BPTT_HAS_CLUSTERS
-
-// A kernel that takes minutes would keep others waiting.
-constexpr int64_t kMostSteps = 4096;
 
 Launch launch_of(const GridLayout& layout, void* stream) {
   Launch how;
@@ -431,12 +431,10 @@ Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memo
   return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
     const auto kernel = grid_kernel<S, Product, TILES, KNOWN>;
     if (Error error = prepare(kernel, how)) return error;
-    for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-      part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
+    return run_in_parts(steps, [&](Steps part) -> Error {
       if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
-      if (Error error = launch(kernel, how, loop, part, layout, workspace)) return error;
-    }
-    return nullptr;
+      return launch(kernel, how, loop, part, layout, workspace);
+    });
   });
 }
 

@@ -165,7 +165,6 @@ TORCH_BPTT_DEVICE void copy_pieces(Piece (&to)[N], const Piece (&from)[N]) {
 constexpr int kQuad = Tiles::kQuad;
 // Steps ahead that the inputs are brought into the cache: a step takes about as long as memory.
 constexpr int kPrefetched = 3;
-
 // Elements as they enter the product.
 template <class Product, int N, class S>
 TORCH_BPTT_DEVICE Elements<S, N> rounded(Elements<S, N> p) {

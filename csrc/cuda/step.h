@@ -46,7 +46,7 @@ struct Constants {
 };
 
 // What they need at one step besides the product, as it lies in memory: nothing is computed with it
-// before finish(), so that no thread waits for it before.
+// before terms(), so that no thread waits for it before.
 template <class S, int N>
 struct Inputs {
   Elements<Compute<S>, N> c{};  // forward
@@ -55,6 +55,47 @@ struct Inputs {
   Elements<S, N> g_n{};         // adjoint: at a row's last step
   bool linked = false;          // adjoint: something comes back from the step after,
   bool restarts = false;        // and it leaves to where the row restarts
+};
+
+// What finish() makes of inputs before the product is there.
+template <class S, int N>
+struct Terms {
+  Elements<Compute<S>, N> added{};   // forward: the drive; adjoint, tangent: g
+  Elements<Compute<S>, N> factor{};  // adjoint, tangent: alpha f'(z)
+  bool linked, restarts;             // as in Inputs
+};
+
+// By how many bytes dense rows of a step lie behind those of the step before, in the order of the
+// loop.
+struct Pace {
+  int64_t c, g, gate, state, rounded, exact;
+};
+template <class V>
+TORCH_BPTT_DEVICE V* moved(V* at, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<V>, const char, char>;
+  return reinterpret_cast<V*>(reinterpret_cast<Byte*>(at) + bytes);
+}
+
+// Where a thread's elements of a step lie: what inputs() reads, and what write() writes. Pointers
+// to what the loop has not got are not used.
+template <class S>
+struct Sources {
+  const Compute<S>* c{};
+  const S *g{}, *gate{};
+
+  TORCH_BPTT_DEVICE Sources after(int steps, const Pace& pace) const {
+    return {moved(c, pace.c * steps), moved(g, pace.g * steps), moved(gate, pace.gate * steps)};
+  }
+};
+template <class S>
+struct Targets {
+  S *state{}, *rounded{};  // forward with alpha: f(z); adjoint: d
+  Compute<S>* exact{};     // adjoint: d
+
+  TORCH_BPTT_DEVICE Targets after(int steps, const Pace& pace) const {
+    return {moved(state, pace.state * steps), moved(rounded, pace.rounded * steps),
+            moved(exact, pace.exact * steps)};
+  }
 };
 
 // What becomes of the product.
@@ -80,49 +121,61 @@ enum class Origin : int { nothing, state, first, restart };
 
 // Step i in the order of the loop.
 template <class S, Known KNOWN = Known{}>
-class Step : private StepRows {
+class Step {
  public:
   using C = Compute<S>;
-  using StepRows::rows;
 
   TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i)
-      : StepRows(schedule_of(loop), pass_of(loop), before_first(loop), i),
-        l(loop),
+      : l(loop),
         s(schedule_of(loop)),
-        pass(pass_of(loop)) {}
+        pass(pass_of(loop)),
+        i(i),
+        of(s, pass, pass == Pass::adjoint && loop.before_first(), i) {}
+
+  // Whether row b, one of the batch, has something to do.
+  TORCH_BPTT_DEVICE bool has(int64_t b) const { return KNOWN.dense || b < rows(); }
+  // Rows [0, rows()) have.
+  TORCH_BPTT_DEVICE int64_t rows() const { return of.rows(); }
 
   // N elements of a row, of which `count` exist; all of them where they lie aligned.
   template <int N, class V>
   static TORCH_BPTT_DEVICE Elements<V, N> load(const V* from, int count) {
     Elements<V, N> values{};
-    if constexpr (KNOWN.aligned)
-      __builtin_memcpy(&values, __builtin_assume_aligned(static_cast<const void*>(from), kAlignment<V, N>), sizeof values);
+    if constexpr (kTogether<V, N> > 0)
+      for_pieces<V, N>([&](int first) {
+        const auto piece = load_words<kTogether<V, N>>(from + first);
+        __builtin_memcpy(values.of + first, &piece, sizeof piece);
+      });
     else
       for_elements<N>(count, [&](int e) { values[e] = from[e]; });
     return values;
   }
   template <int N, class V>
   static TORCH_BPTT_DEVICE void store(V* to, const Elements<V, N>& values, int count) {
-    if constexpr (KNOWN.aligned)
-      __builtin_memcpy(__builtin_assume_aligned(static_cast<void*>(to), kAlignment<V, N>), &values, sizeof values);
+    if constexpr (kTogether<V, N> > 0)
+      for_pieces<V, N>([&](int first) {
+        Words<kTogether<V, N>> piece;
+        __builtin_memcpy(&piece, values.of + first, sizeof piece);
+        store_words(to + first, piece);
+      });
     else
       for_elements<N>(count, [&](int e) { to[e] = values[e]; });
   }
 
   // ---- what arrives -----------------------------------------------------------------------------
 
-  // What is multiplied by the weight, before the mask: for rows b below rows(), as everywhere below.
+  // What is multiplied by the weight, before the mask: of a row that the step has, as always below.
   TORCH_BPTT_DEVICE Origin origin(int64_t b) const {
     if (pass == Pass::adjoint) {
-      const bool linked = !among(b, existing) ? l.restart_sum || s.kept(from, b)
-                          : !among(b, received)
+      const bool linked = !exists(b) ? l.restart_sum || s.kept(from(), b)
+                          : !receives(b)
                               ? false
-                              : (l.restart_sum && !s.kept(from, b)) || s.linked(from, b);
+                              : (l.restart_sum && !s.kept(from(), b)) || s.linked(from(), b);
       return linked ? Origin::state : Origin::nothing;
     }
-    if (!s.kept(t, b)) return l.restart.data ? Origin::restart : Origin::nothing;
-    if (pass == Pass::tangent && !s.linked(t, b)) return Origin::nothing;
-    if (among(b, received)) return Origin::state;
+    if (!s.kept(t(), b)) return l.restart.data ? Origin::restart : Origin::nothing;
+    if (pass == Pass::tangent && !s.linked(t(), b)) return Origin::nothing;
+    if (receives(b)) return Origin::state;
     return l.first.data ? Origin::first : Origin::nothing;
   }
   // Null: zeros.
@@ -131,7 +184,7 @@ class Step : private StepRows {
       case Origin::nothing:
         return nullptr;
       case Origin::state:  // of the step before (in the order of the loop)
-        return s.row(l.state, from, b);
+        return s.row(l.state, from(), b);
       case Origin::first:
         return l.first.data + b * l.first.row;
       case Origin::restart:
@@ -179,7 +232,7 @@ class Step : private StepRows {
   TORCH_BPTT_DEVICE Elements<C, N> leaking(int64_t b, int64_t j, int count) const {
     if (!l.alpha) return {};
     if (pass == Pass::adjoint) {
-      if (among(b, existing) && !among(b, received)) return {};
+      if (exists(b) && !receives(b)) return {};
       return load<N>(l.carried + b * l.H + j, count);
     }
     const S* const row = arriving(b);
@@ -225,77 +278,119 @@ class Step : private StepRows {
 
   // Nothing that the loop writes before this step is among it.
   template <int N>
-  TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count) const {
+  TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count,
+                                        const Sources<S>& at) const {
     Inputs<S, N> in;
-    if (!among(b, existing)) return in;
-    if (const S* const g = g_row(b)) in.g = load<N>(g + j, count);
-    if (pass == Pass::forward) {
-      in.c = load<N>(c_row(b) + j, count);
-    } else {
-      in.gate = load<N>(gate_row(b) + j, count);
-    }
+    if (!exists(b)) return in;
+    if (g().data) in.g = load<N>(at.g, count);
+    if (pass == Pass::forward)
+      in.c = load<N>(at.c, count);
+    else
+      in.gate = load<N>(at.gate, count);
     if (pass == Pass::adjoint) {
-      if (among(b, received)) {
-        in.restarts = l.restart_sum && !s.kept(from, b);
-        in.linked = in.restarts || s.linked(from, b);
+      if (receives(b)) {
+        in.restarts = l.restart_sum && !s.kept(from(), b);
+        in.linked = in.restarts || s.linked(from(), b);
       } else if (l.g_n.data) {
         in.g_n = load<N>(l.g_n.data + b * l.g_n.row + j, count);
       }
     }
     return in;
   }
-
   // Brings closer what inputs() will read.
-  TORCH_BPTT_DEVICE void prefetch(int64_t b, int64_t j) const {
-    if (!among(b, existing)) return;
-    if (const S* const g = g_row(b)) prefetch_line(g + j);
+  TORCH_BPTT_DEVICE void prefetch(int64_t b, const Sources<S>& at) const {
+    if (!exists(b)) return;
+    if (g().data) prefetch_line(at.g);
     if (pass == Pass::forward)
-      prefetch_line(c_row(b) + j);
+      prefetch_line(at.c);
     else
-      prefetch_line(gate_row(b) + j);
+      prefetch_line(at.gate);
   }
 
+  // Elements from j on of row b.
+  TORCH_BPTT_DEVICE Sources<S> sources(int64_t b, int64_t j) const {
+    Sources<S> at;
+    if (!exists(b)) return at;
+    if (g().data) at.g = s.row(g(), t(), b) + j;
+    if (pass == Pass::forward)
+      at.c = l.c + (s.offset(t()) + b - l.c_first) * l.H + j;
+    else
+      at.gate = s.row(l.gate, t(), b) + j;
+    return at;
+  }
+  TORCH_BPTT_DEVICE Targets<S> targets(int64_t b, int64_t j) const {
+    Targets<S> at;
+    if (!exists(b)) return at;
+    at.state = s.row(l.state, t(), b) + j;
+    if (rounded().data) at.rounded = s.row(rounded(), t(), b) + j;
+    if (l.d_exact.data) at.exact = s.row(l.d_exact, t(), b) + j;
+    return at;
+  }
   // ---- what becomes of the product --------------------------------------------------------------
+
+  template <int N>
+  TORCH_BPTT_DEVICE Terms<S, N> terms(const Inputs<S, N>& in,
+                                      const Constants<S, N>& constants) const {
+    Terms<S, N> made;
+    made.linked = in.linked;
+    made.restarts = in.restarts;
+    if (pass == Pass::forward) {
+      for_elements<N>(
+          N, [&](int e) { made.added[e] = constants.bias[e] + widen(in.g[e]) + in.c[e]; });
+      return made;
+    }
+    made.added = widened(in.g);
+    made.factor = widened(in.gate);
+    if (pass == Pass::tangent) return made;
+    for_elements<N>(N, [&](int e) { made.added[e] += widen(in.g_n[e]); });
+    if (l.gate_given) return made;
+    Elements<C, N>& gate = made.factor;
+    switch (l.activation) {
+#define TORCH_BPTT_ENTRY(name, type)                                    \
+  case Activation::name:                                                \
+    for_elements<N>(N, [&](int e) { gate[e] = type::slope(gate[e]); }); \
+    break;
+      TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
+    }
+    if (l.alpha) for_elements<N>(N, [&](int e) { gate[e] *= constants.alpha[e]; });
+    return made;
+  }
 
   // `leaking` is used with alpha alone.
   template <int N>
   TORCH_BPTT_DEVICE Finished<S, N> finish(int64_t b, int64_t j, int count,
                                           const Elements<C, N>& product,
-                                          const Elements<C, N>& leaking, const Inputs<S, N>& in,
+                                          const Elements<C, N>& leaking, const Terms<S, N>& terms,
                                           const Constants<S, N>& constants) const {
-    if (pass == Pass::forward) return finish_forward(product, leaking, in, constants);
-    if (pass == Pass::tangent) return finish_tangent(product, leaking, in, constants);
+    if (pass == Pass::forward) return finish_forward(product, leaking, terms, constants);
+    if (pass == Pass::tangent) return finish_tangent(product, leaking, terms, constants);
     const Elements<C, N> back = going_back(product, leaking, constants);
-    if (among(b, existing)) return finish_adjoint(b, j, count, back, in, constants);
+    if (exists(b)) return finish_adjoint(b, j, count, back, terms);
     return finish_before_first(b, j, count, back);
   }
 
   // Writes it for those who come after the loop; where there is a step for each kernel, for the
   // next one as well.
   template <int N>
-  TORCH_BPTT_DEVICE void write(int64_t b, int64_t j, int count,
-                               const Finished<S, N>& finished) const {
-    if (pass == Pass::adjoint) {
-      const Elements<S, N> d = narrowed<S>(finished.exact);
-      if (!among(b, existing)) {
-        if (l.d0.data) store(l.d0.data + b * l.d0.row + j, d, count);
-        return;
-      }
-      if (l.d_exact.data) store(s.row(l.d_exact, t, b) + j, finished.exact, count);
-      if (l.d.data) store(s.row(l.d, t, b) + j, d, count);
+  TORCH_BPTT_DEVICE void write(int64_t b, int64_t j, int count, const Finished<S, N>& finished,
+                               const Targets<S>& at) const {
+    if (!exists(b)) {
+      if (l.d0.data) store(l.d0.data + b * l.d0.row + j, narrowed<S>(finished.exact), count);
+      return;
     }
-    store(s.row(l.state, t, b) + j, finished.state, count);
-    if (pass == Pass::forward) {
-      if (l.alpha) store(s.row(l.f, t, b) + j, narrowed<S>(finished.exact), count);
-      if (!among(b, handed_on)) store(l.h_n + b * l.H + j, finished.state, count);
-    }
+    store(at.state, finished.state, count);
+    if (pass != Pass::tangent && rounded().data)
+      store(at.rounded, narrowed<S>(finished.exact), count);
+    if (pass == Pass::adjoint && l.d_exact.data) store(at.exact, finished.exact, count);
+    if (pass == Pass::forward && !hands_on(b)) store(l.h_n + b * l.H + j, finished.state, count);
   }
 
   // Writes what the leak of the next step needs besides that, where another kernel runs it.
   template <int N>
   TORCH_BPTT_DEVICE void hand_over(int64_t b, int64_t j, int count,
                                    const Finished<S, N>& finished) const {
-    if (pass == Pass::adjoint && l.alpha && among(b, existing))
+    if (pass == Pass::adjoint && l.alpha && exists(b))
       store(l.carried + b * l.H + j, finished.exact, count);
   }
 
@@ -303,11 +398,10 @@ class Step : private StepRows {
   template <int N>
   TORCH_BPTT_DEVICE Finished<S, N> finish_forward(const Elements<C, N>& product,
                                                   const Elements<C, N>& leaking,
-                                                  const Inputs<S, N>& in,
+                                                  const Terms<S, N>& terms,
                                                   const Constants<S, N>& constants) const {
     Elements<C, N> h, f;
-    for_elements<N>(
-        N, [&](int e) { f[e] = constants.bias[e] + widen(in.g[e]) + in.c[e] + product[e]; });
+    for_elements<N>(N, [&](int e) { f[e] = terms.added[e] + product[e]; });
     switch (l.activation) {
 #define TORCH_BPTT_ENTRY(name, type)                                                   \
   case Activation::name:                                                               \
@@ -325,13 +419,13 @@ class Step : private StepRows {
   template <int N>
   TORCH_BPTT_DEVICE Finished<S, N> finish_tangent(const Elements<C, N>& product,
                                                   const Elements<C, N>& leaking,
-                                                  const Inputs<S, N>& in,
+                                                  const Terms<S, N>& terms,
                                                   const Constants<S, N>& constants) const {
     Elements<C, N> q;
-    for_elements<N>(N, [&](int e) { q[e] = widen(in.gate[e]) * product[e]; });
+    for_elements<N>(N, [&](int e) { q[e] = terms.factor[e] * product[e]; });
     if (l.alpha)
       for_elements<N>(N, [&](int e) { q[e] += (1 - constants.alpha[e]) * leaking[e]; });
-    for_elements<N>(N, [&](int e) { q[e] += widen(in.g[e]); });
+    for_elements<N>(N, [&](int e) { q[e] += terms.added[e]; });
     return {narrowed<S>(q), {}};
   }
 
@@ -359,29 +453,15 @@ class Step : private StepRows {
   template <int N>
   TORCH_BPTT_DEVICE Finished<S, N> finish_adjoint(int64_t b, int64_t j, int count,
                                                   const Elements<C, N>& back,
-                                                  const Inputs<S, N>& in,
-                                                  const Constants<S, N>& constants) const {
-    Elements<C, N> d{};
-    if (in.restarts)
+                                                  const Terms<S, N>& terms) const {
+    Elements<C, N> d{}, du;
+    if (terms.restarts)
       add_restart(b, j, count, back);
-    else if (in.linked)
+    else if (terms.linked)
       d = back;
-    for_elements<N>(N, [&](int e) { d[e] += widen(in.g[e]) + widen(in.g_n[e]); });
+    for_elements<N>(N, [&](int e) { d[e] += terms.added[e]; });
     if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], l.clip); });
-    Elements<C, N> gate = widened(in.gate);
-    if (!l.gate_given) {
-      switch (l.activation) {
-#define TORCH_BPTT_ENTRY(name, type)                                    \
-  case Activation::name:                                                \
-    for_elements<N>(N, [&](int e) { gate[e] = type::slope(gate[e]); }); \
-    break;
-        TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
-#undef TORCH_BPTT_ENTRY
-      }
-      if (l.alpha) for_elements<N>(N, [&](int e) { gate[e] *= constants.alpha[e]; });
-    }
-    Elements<C, N> du;
-    for_elements<N>(N, [&](int e) { du[e] = d[e] * gate[e]; });
+    for_elements<N>(N, [&](int e) { du[e] = d[e] * terms.factor[e]; });
     return {narrowed<S>(du), d};
   }
 
@@ -389,7 +469,7 @@ class Step : private StepRows {
   template <int N>
   TORCH_BPTT_DEVICE Finished<S, N> finish_before_first(int64_t b, int64_t j, int count,
                                                        const Elements<C, N>& back) const {
-    if (s.kept(from, b)) return {{}, back};
+    if (s.kept(from(), b)) return {{}, back};
     if (l.restart_sum) add_restart(b, j, count, back);
     return {};
   }
@@ -401,19 +481,26 @@ class Step : private StepRows {
     return values;
   }
 
-  // Rows of this step. That of noise or g may be absent.
-  TORCH_BPTT_DEVICE const C* c_row(int64_t b) const {
-    return l.c + (s.offset(t) + b - l.c_first) * l.H;
+  // Noise or g, either of which may be absent; f or d, the same.
+  TORCH_BPTT_DEVICE const Rows<const S>& g() const {
+    return pass == Pass::forward ? l.noise : l.g;
   }
-  TORCH_BPTT_DEVICE const S* g_row(int64_t b) const {
-    const Rows<const S>& g = pass == Pass::forward ? l.noise : l.g;
-    return g.data ? s.row(g, t, b) : nullptr;
-  }
-  TORCH_BPTT_DEVICE const S* gate_row(int64_t b) const { return s.row(l.gate, t, b); }
+  TORCH_BPTT_DEVICE const Rows<S>& rounded() const { return pass == Pass::forward ? l.f : l.d; }
 
-  // Whether row b is among the first `count`, of which dense rows have all or none.
-  static TORCH_BPTT_DEVICE bool among(int64_t b, int64_t count) {
-    return KNOWN.dense ? count > 0 : b < count;
+  // This step, and the one whose state it goes on from.
+  // (As `of` has them, but for dense rows hardly anyone asks.)
+  TORCH_BPTT_DEVICE int64_t t() const { return down() ? s.T - 1 - i : i; }
+  TORCH_BPTT_DEVICE int64_t from() const { return down() ? t() + 1 : t() - 1; }
+  TORCH_BPTT_DEVICE bool down() const { return s.reverse != (pass == Pass::adjoint); }
+  // What `of` says of row b. Dense rows are all alike.
+  TORCH_BPTT_DEVICE bool exists(int64_t b) const {
+    return KNOWN.dense ? pass != Pass::adjoint || i < s.T : b < of.existing;
+  }
+  TORCH_BPTT_DEVICE bool receives(int64_t b) const {
+    return KNOWN.dense ? i > 0 && exists(b) : b < of.received;
+  }
+  TORCH_BPTT_DEVICE bool hands_on(int64_t b) const {
+    return KNOWN.dense ? i + 1 < s.T : b < of.handed_on;
   }
 
   // What is known replaces what the loop says, which lets the compiler drop the rest.
@@ -425,16 +512,22 @@ class Step : private StepRows {
     if (KNOWN.dense) schedule.offsets = schedule.lengths = nullptr;
     return schedule;
   }
-  static TORCH_BPTT_DEVICE bool before_first(const Loop<S>& loop) {
-    return pass_of(loop) == Pass::adjoint && loop.before_first();
-  }
-
+  // Bytes that one access takes of N elements; 0: it takes one element.
   template <class V, int N>
-  static constexpr size_t kAlignment = N * sizeof(V) < 16 ? N * sizeof(V) : 16;
+  static constexpr int kTogether = !KNOWN.aligned || N == 1        ? 0
+                                   : N * int(sizeof(V)) < 16      ? N * int(sizeof(V))
+                                                                  : 16;
+  template <class V, int N, class Body>
+  static TORCH_BPTT_DEVICE void for_pieces(Body body) {
+    TORCH_BPTT_UNROLL
+    for (int first = 0; first < N; first += kTogether<V, N> / int(sizeof(V))) body(first);
+  }
 
   const Loop<S>& l;
   const Schedule s;
   const Pass pass;
+  const int64_t i;
+  const StepRows of;
 };
 
 // ---- what kernels know --------------------------------------------------------------------------
@@ -455,6 +548,33 @@ bool aligned(const Loop<S>& l, int elements) {
          rows_lie_well(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
          rows_lie_well(l.state, l.f, l.d, l.d_exact, l.d0) &&
          vectors_lie_well(l.alpha, l.c, l.bias[0], l.bias[1], l.h_n, l.restart_sum, l.carried);
+}
+
+template <class S>
+Pace pace_of(const Loop<S>& l) {
+  const bool forward = l.pass == Pass::forward;
+  const int onward = l.schedule.reverse == (l.pass == Pass::adjoint) ? 1 : -1;
+  const auto bytes = [&]<class V>(const Rows<V>& rows) {
+    return rows.data ? onward * rows.step * int(sizeof(V)) : 0;
+  };
+  return {onward * l.schedule.B * l.H * int(sizeof(Compute<S>)),
+          bytes(forward ? l.noise : l.g),
+          bytes(l.gate),
+          bytes(l.state),
+          bytes(forward ? l.f : l.d),
+          bytes(l.d_exact)};
+}
+
+// Has `run` start a kernel for some of the steps at a time: one that takes minutes would keep others
+// waiting.
+template <class Run>
+Error run_in_parts(Steps steps, Run run) {
+  constexpr int64_t kMost = 4096;
+  for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
+    part.end = part.begin + kMost < steps.end ? part.begin + kMost : steps.end;
+    if (Error error = run(part)) return error;
+  }
+  return nullptr;
 }
 
 // Has `run` start the kernel that knows most of such a loop: run.template operator()<Known>().

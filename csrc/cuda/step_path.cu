@@ -240,11 +240,28 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
   };
   if (row0 < step.rows()) {
     TORCH_BPTT_UNROLL
-    for (int e = 0; e < kElements; ++e)  // one thread for a line of float32
-      if (unit_of(e) % 32 == 0 && unit0 + unit_of(e) < loop.H)
-        step.prefetch(row0 + row_of(e), unit0 + unit_of(e));
+    for (int e = 0; e < kElements; ++e) {  // one thread for a line of float32
+      const int64_t b = row0 + row_of(e), j = unit0 + unit_of(e);
+      if (unit_of(e) % 32 == 0 && j < loop.H && b < step.rows())
+        step.prefetch(b, step.sources(b, j));
+    }
     for (int64_t block = 0; block < kTile.stages - 1 && block < blocks; ++block)
       read_weight<S, TILE>(stage_of(block), loop, unit0, block, aligned);
+  }
+  // What finished elements need besides the product no kernel of the loop writes before this one:
+  // where there are registers for it, it is read while the one before ends.
+  constexpr bool kReadsAhead = kElements <= 4;
+  Inputs<S, 1> inputs[kElements];
+  Constants<S, 1> constants[kElements];
+  const auto read = [&](int e) {
+    const int64_t b = row0 + row_of(e), j = unit0 + unit_of(e);
+    if (b >= step.rows() || j >= loop.H) return;
+    inputs[e] = step.template inputs<1>(b, j, 1, step.sources(b, j));
+    constants[e] = step.template constants<1>(b, j, 1);
+  };
+  if (kReadsAhead) {
+    TORCH_BPTT_UNROLL
+    for (int e = 0; e < kElements; ++e) read(e);
   }
   wait_for_kernel_before();
   if (row0 >= step.rows()) return;
@@ -284,10 +301,11 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
     Elements<C, 1> sum{};
     for (int group = 0; group < kTile.groups; ++group)
       sum[0] += sums[(group * kTile.rows + row) * kTile.sum_stride() + unit];
-    const auto finished = step.template finish<1>(
-        b, j, 1, sum, step.template leaking<1>(b, j, 1), step.template inputs<1>(b, j, 1),
-        step.template constants<1>(b, j, 1));
-    step.write(b, j, 1, finished);
+    if (!kReadsAhead) read(e);
+    const auto finished = step.template finish<1>(b, j, 1, sum, step.template leaking<1>(b, j, 1),
+                                                  step.terms(inputs[e], constants[e]),
+                                                  constants[e]);
+    step.write(b, j, 1, finished, step.targets(b, j));
     step.hand_over(b, j, 1, finished);
   }
 }

@@ -215,6 +215,18 @@ inline uint32_t load4(const void* from, Where where = Where::current()) {
   std::memcpy(&value, from, 4);
   return value;
 }
+template <int BYTES>
+Words<BYTES> load_words(const void* from, Where where = Where::current()) {
+  host::check_aligned(from, BYTES, where);
+  Words<BYTES> value;
+  std::memcpy(&value, from, BYTES);
+  return value;
+}
+template <int BYTES>
+void store_words(void* to, const Words<BYTES>& value, Where where = Where::current()) {
+  host::check_aligned(to, BYTES, where);
+  std::memcpy(to, &value, BYTES);
+}
 inline Words4 load16(const void* from, Where where = Where::current()) {
   host::check_aligned(from, 16, where);
   Words4 value;
