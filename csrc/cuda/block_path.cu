@@ -6,6 +6,7 @@
 // steps ahead, and read while the step before multiplies. A thread finishes four units of a row at
 // a time.
 #include "paths.h"
+#include "product.h"
 #include "step.h"
 
 namespace torch_bptt::cuda {
@@ -22,17 +23,17 @@ constexpr int kUnits = 4;  // of a row, that a thread finishes together
 template <class S, int WIDTH>
 constexpr int kRowBytes = WIDTH * int(sizeof(S)) + 16;  // eight rows lie in different banks
 
-// Tensor cores: a warp computes one or two tiles of 16 units, all rows, with the rows as the left
-// factor. Which unit is which column of the right factor is free; so chosen, a thread's results are
-// neighbours.
+// Tensor cores: a warp computes one or two tiles of 16 units, all rows, with the weight as the left
+// factor. Which unit is which row of that is free; so chosen, two threads that exchange half of
+// their results have four neighbours of a row each.
 template <class S, int WIDTH, int ROWS>
 class TensorBlock {
  public:
   using C = float;
   // More than eight warps would leave a thread too few registers.
   static constexpr int kTiles = WIDTH > 128 ? 2 : 1, kThreads = WIDTH / 16 / kTiles * kWarp,
-                       kRows = ROWS, kWidth = WIDTH, kRowGroups = ROWS / 8,
-                       kGroups = kTiles * kRowGroups;
+                       kRows = ROWS, kWidth = WIDTH, kOctets = ROWS / 8,
+                       kGroups = kTiles * kOctets;
   static constexpr bool kReadsAhead = WIDTH <= 128;  // else the weight takes the registers for it
 
   TORCH_BPTT_DEVICE explicit TensorBlock(const Loop<S>& loop) : lane(int(lane_index())) {
@@ -40,78 +41,65 @@ class TensorBlock {
     TORCH_BPTT_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       TORCH_BPTT_UNROLL
-      for (int half = 0; half < kHalves; ++half) {
-        const int64_t j = first_unit(half / 2) + lane / 8 * 4 + half % 2 * 2 + lane / 4 % 2;
+      for (int tile = 0; tile < kTiles; ++tile) {
         TORCH_BPTT_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int64_t k = (chunk * 8 + lane % 4 + 4 * i) * kElements;
-          weight[chunk][half][i] = read(loop, j, k, pairs);
+        for (int i = 0; i < 4; ++i) {
+          const int row = Product::unit(lane, chunk, i),
+                    j = first_unit(tile) + row % 8 * 2 + row / 8;  // of rows r and r + 8: neighbours
+          weight[chunk][tile][i] = read(loop, j, Product::k(lane, chunk, i), pairs);
         }
       }
     }
   }
 
   // As a product reads its factors.
-  static TORCH_BPTT_DEVICE S rounded(S value) {
-    if constexpr (sizeof(S) == 4)
-      return as_float(to_tf32(value));
-    else
-      return value;
-  }
+  static TORCH_BPTT_DEVICE S rounded(S value) { return Product::rounded(value); }
 
   TORCH_BPTT_DEVICE void multiply(const unsigned char* place) {
-    const int row = ROWS == 16 ? lane % 16 : lane % 8;
-    const int piece = ROWS == 16 ? lane / 16 : lane / 8 % 2;
-    const unsigned char* from = place + row * kRowBytes<S, WIDTH> + piece * 16;
+    Product product[kTiles][kOctets];
     TORCH_BPTT_UNROLL
-    for (int chain = 0; chain < 2; ++chain) {
+    for (int chunk = 0; chunk < kChunks; chunk += 2) {
       TORCH_BPTT_UNROLL
-      for (int half = 0; half < kHalves; ++half) {
+      for (int octet = 0; octet < kOctets; ++octet) {
+        const auto piece = Product::read(place + octet * 8 * kRowBytes<S, WIDTH> + chunk * 32,
+                                         kRowBytes<S, WIDTH>, lane);
         TORCH_BPTT_UNROLL
-        for (int i = 0; i < 4; ++i) sums[chain][half][i] = 0;
+        for (int tile = 0; tile < kTiles; ++tile)
+          product[tile][octet].add(chunk / 2, weight[chunk][tile], weight[chunk + 1][tile], piece);
       }
     }
+    // Of the two rows that a thread has, the neighbouring thread takes one.
+    const bool second = has_second_row();
     TORCH_BPTT_UNROLL
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t a[4] = {};
-      if constexpr (ROWS == 16) {
-        warp_load_matrices(a, from + chunk * 32);
-      } else {
-        uint32_t upper[2];  // the lower eight rows of the tile do not exist
-        warp_load_matrices(upper, from + chunk * 32);
-        a[0] = upper[0];
-        a[2] = upper[1];
-      }
+    for (int group = 0; group < kGroups; ++group) {
+      const Product& sums = product[group / kOctets][group % kOctets];
       TORCH_BPTT_UNROLL
-      for (int half = 0; half < kHalves; ++half) {
-        if constexpr (sizeof(S) == 4)
-          warp_mma_tf32(sums[chunk % 2][half], a, weight[chunk][half]);
-        else
-          warp_mma<S>(sums[chunk % 2][half], a, weight[chunk][half]);
+      for (int e = 0; e < 2; ++e) {
+        const float first_row = sums.sum(2 * e), second_row = sums.sum(2 * e + 1);
+        const float own = second ? second_row : first_row;
+        const float other = warp_shuffle_xor(second ? first_row : second_row, 4);
+        results[group][e] = second ? other : own;
+        results[group][2 + e] = second ? own : other;
       }
     }
   }
 
   TORCH_BPTT_DEVICE bool finishes(int) const { return true; }
-  TORCH_BPTT_DEVICE int row(int group) const { return lane / 4 + group % kRowGroups * 8; }
+  TORCH_BPTT_DEVICE int row(int group) const {
+    return group % kOctets * 8 + lane % 4 * 2 + has_second_row();
+  }
   TORCH_BPTT_DEVICE int unit(int group) const {
-    return first_unit(group / kRowGroups) + lane % 4 * kUnits;
+    return first_unit(group / kOctets) + lane / 8 * kUnits;
   }
-  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const {
-    Elements<C, kUnits> values;
-    TORCH_BPTT_UNROLL
-    for (int e = 0; e < kUnits; ++e) {
-      const int half = group / kRowGroups * 2 + e / 2, i = group % kRowGroups * 2 + e % 2;
-      values[e] = sums[0][half][i] + sums[1][half][i];
-    }
-    return values;
-  }
+  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const { return results[group]; }
 
  private:
-  static constexpr int kElements = 4 / sizeof(S);              // of a register
+  // Two products are enough to wait for each other; one needs more chains.
+  using Product = TensorProduct<S, kGroups == 1 ? 4 : 2>;
+  static constexpr int kElements = Product::kElements;
   static constexpr int kChunks = WIDTH * int(sizeof(S)) / 32;  // of the sum
-  static constexpr int kHalves = 2 * kTiles;                   // eight columns each
 
+  TORCH_BPTT_DEVICE bool has_second_row() const { return lane / 4 % 2; }
   TORCH_BPTT_DEVICE int first_unit(int tile) const {
     return (int(warp_index()) * kTiles + tile) * 16;
   }
@@ -132,8 +120,8 @@ class TensorBlock {
   }
 
   int lane;
-  uint32_t weight[kChunks][kHalves][2];
-  float sums[2][kHalves][4];
+  uint32_t weight[kChunks][kTiles][4];
+  Elements<C, kUnits> results[kGroups];
 };
 
 // Single multiply-adds: eight threads share the sums of four units, 16 bytes of a row in turn.
@@ -235,10 +223,11 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const auto row_of = [&](int group) { return row0 + product.row(group); };
   const auto count_of = [&](int group) {
     const int left = int(loop.H) - product.unit(group);
-    return left < kUnits ? left : kUnits;
+    return KNOWN.aligned || left > kUnits ? kUnits : left;
   };
   const auto is_mine = [&](int group) {
-    return count_of(group) > 0 && product.finishes(group) && row_of(group) < loop.schedule.B;
+    return product.unit(group) < loop.H && product.finishes(group) &&
+           row_of(group) < loop.schedule.B;
   };
 
   Constants<S, kUnits> constants[kGroups];

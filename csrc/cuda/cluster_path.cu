@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
     const bool exists = mine && step.has(b), goes_on = mine && !last && next.has(b);
     Inputs<S, kQuad> inputs;
+    if (!kKeeps && mine) constants = step.template constants<kQuad>(b, j, count);
     if (exists) {
       if (!kFollows) sources = step.sources(b, j);
-      if (!kKeeps) constants = step.template constants<kQuad>(b, j, count);
       inputs = step.template inputs<kQuad>(b, j, count, sources);
     }
     if (mine && s + kPrefetched < many) {

@@ -1,5 +1,5 @@
-// The product of a step where the weight stays on the chip from the first step to the last, as the
-// paths `cluster` and `grid` have it, and what enters it.
+// The product of a step where the weight stays on the chip from the first step to the last, and
+// what enters it. Path `block` has only the tensor cores' from here.
 #pragma once
 
 #include "device.h"
@@ -46,13 +46,18 @@ class TensorProduct {
     multiply(sums[chain + 1], odd, {piece.of[2], piece.of[3]});
   }
 
-  TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) {
+  // For unit lane / 4 + 8 (i >> 1) and row 2 (lane % 4) + (i & 1).
+  TORCH_BPTT_DEVICE float sum(int i) const {
+    const float sum = sums[0][i] + sums[1][i];
+    if constexpr (CHAINS == 2)
+      return sum;
+    else
+      return sum + (sums[2][i] + sums[3][i]);
+  }
+  TORCH_BPTT_DEVICE void store(float* to, int stride, int lane) const {
     TORCH_BPTT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float sum = sums[0][i] + sums[1][i];
-      if constexpr (CHAINS == 4) sum += sums[2][i] + sums[3][i];
-      to[(2 * (lane % 4) + (i & 1)) * stride + lane / 4 + 8 * (i >> 1)] = sum;
-    }
+    for (int i = 0; i < 4; ++i)
+      to[(2 * (lane % 4) + (i & 1)) * stride + lane / 4 + 8 * (i >> 1)] = sum(i);
   }
 
  private:
