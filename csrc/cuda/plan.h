@@ -40,11 +40,12 @@ enum class Units : int {
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
 
-constexpr const char* kPathNames[] = {"step", "block", "cluster"};
+constexpr const char* kPathNames[] = {"step", "block", "cluster", "gemm"};
 enum class Path : int {
   step,     // a kernel for each step
   block,    // a block of threads for each few rows of the batch, which runs all steps
   cluster,  // a cluster of blocks for each few rows
+  gemm,     // a library's product for each step, and a kernel that finishes it
 };
 
 // What is asked: a loop, without its pointers.
@@ -52,7 +53,8 @@ struct Task {
   Pass pass{};
   Dtype dtype{};
   int64_t T = 0, B = 0, H = 0;
-  bool tf32 = false;  // products of float32 may round their factors to tf32
+  bool tf32 = false;    // products of float32 may round their factors to tf32
+  bool library = true;  // a library's product of two matrices rounds as a loop's does
 };
 
 // The tile of the product that a block of path `step` computes.
@@ -90,11 +92,25 @@ constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
                                    {16, 16, 8, 64, 2, 128},
                                    {64, 64, 1, 128, 2, 256}};
 
+// What a block of path `gemm` finishes: rows by columns, a thread four elements of one row. Either
+// they follow each other, or they lie `across` apart.
+struct FinishTile {
+  static constexpr int kThreads = 256, kElements = 4;
+
+  explicit constexpr FinishTile(int64_t H) {
+    while (across < kThreads && across * kElements < H) across *= 2;
+  }
+  TORCH_BPTT_INLINE constexpr int rows() const { return kThreads / across; }
+  TORCH_BPTT_INLINE constexpr int columns() const { return across * kElements; }
+
+  int across = 1;  // threads for a row
+};
+
 struct Plan {
   Path path{};
   Units units{};
   int tile = 0;        // step: which of kStepTiles
-  int rows = 0;        // block, cluster: rows of the batch that go together
+  int rows = 0;        // of the batch that go together
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 0;  // of a launch
   int threads = 0;     // of a block
@@ -109,5 +125,6 @@ bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Pa
 bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan);
 
 }  // namespace torch_bptt::cuda
