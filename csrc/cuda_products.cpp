@@ -1,7 +1,5 @@
 #include "cuda_products.h"
 
-#include <algorithm>
-
 namespace torch_bptt::cuda {
 
 using at::Tensor;
@@ -35,7 +33,10 @@ Entering<S> entering_of(const Loop<S>& l, int64_t i) {
   const auto of_the_step_before = [&](int64_t count) -> Entering<S> {
     return {count, count ? l.schedule.row(l.state, step.from, 0) : nullptr, l.state.row};
   };
-  if (l.pass == Pass::adjoint) return of_the_step_before(std::max(step.received, step.closing));
+  if (l.pass == Pass::adjoint) {
+    // All rows of the step before, whether or not grad_h0 is wanted: as many rows round alike.
+    return of_the_step_before(i > 0 ? l.schedule.rows_at(step.from) : 0);
+  }
   const bool restarts = l.schedule.keep && l.restart.data;
   if (!restarts && !l.first.data && step.received == 0) return {0, nullptr, 0};
   if (restarts || l.mask.data) return {step.existing, nullptr, 0};

@@ -16,14 +16,9 @@ constexpr double kClock = 1.7;           // cycles for each nanosecond
 constexpr double kFixedCycles = 330;    // path block: reading, adding up, the activation, a barrier
 constexpr double kTensorCycles = 6.3;   // 16 units by 8 rows by 32 bytes on one of four schedulers
 constexpr double kPlainPerCycle = 100;  // multiply-adds of float32; of float64 half as many
-constexpr double kPlainTilePerCycle = 60;   // path step: the same, reading both factors as it goes
-constexpr double kLibraryFillNs = 2000;     // path gemm: until all of a product's tiles are at work
-constexpr double kLibraryCacheShare = 0.5;  // of the reads above, by products of few rows and by
-                                            // the kernel that finishes them
-// Operations in a nanosecond, on a whole H200, of a library's products.
-constexpr double kLibraryPerNs16 = 500e3, kLibraryPerNsTf32 = 250e3, kLibraryPerNs32 = 45e3,
-                 kLibraryPerNs64 = 45e3;
-constexpr double kH200Multiprocessors = 132;
+constexpr double kPlainTilePerCycle = 60;  // the same of path step; before 9.0 half as many
+
+}  // namespace
 
 bool has_tensor_units(const DeviceFacts& device, const Task& task) {
   switch (task.dtype) {
@@ -39,27 +34,19 @@ bool has_tensor_units(const DeviceFacts& device, const Task& task) {
   return false;
 }
 
-// Of one step, by the reads of its tiles, which small batches wait for most.
+namespace {
+
+// Of one step, by the reads of its tiles, which small batches wait for most, or by its sums.
 double estimated_step_ns(const DeviceFacts& device, const Task& task, const StepTile& tile) {
   const int64_t blocks = ceil_div(task.H, tile.units) * ceil_div(task.B, tile.rows);
   const int64_t waves = ceil_div(blocks, device.multiprocessors);
   const double reads =
       double(tile.units + tile.rows) * double(task.H) * size_of(task.dtype) / kCacheBytesPerNs;
-  const double sums = has_tensor_units(device, task)
-                          ? 0  // they wait for the reads
-                          : double(tile.units * tile.rows) * double(task.H) *
-                                (task.dtype == Dtype::float64 ? 2 : 1) / kPlainTilePerCycle /
-                                kClock;
+  if (has_tensor_units(device, task)) return kLaunchNs + double(waves) * reads;
+  const double per_ns = kPlainTilePerCycle * kClock / (device.capability < 90 ? 2 : 1) /
+                        (task.dtype == Dtype::float64 ? 2 : 1);
+  const double sums = double(tile.units * tile.rows) * double(task.H) / per_ns;
   return kLaunchNs + double(waves) * std::max(reads, sums);
-}
-
-// Operations in a nanosecond that a library's products do on the device.
-double library_rate(const DeviceFacts& device, const Task& task) {
-  const double on_h200 = size_of(task.dtype) == 2       ? kLibraryPerNs16
-                         : task.dtype == Dtype::float64 ? kLibraryPerNs64
-                         : task.tf32                    ? kLibraryPerNsTf32
-                                                        : kLibraryPerNs32;
-  return on_h200 * device.multiprocessors / kH200Multiprocessors / (device.capability < 90 ? 2 : 1);
 }
 
 }  // namespace
@@ -114,27 +101,6 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
       double(ceil_div(plan->blocks, device.multiprocessors)) * (kFixedCycles + work) / kClock +
       begin / double(task.T);
   return plan->shared_bytes <= device.shared_bytes;
-}
-
-bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan) {
-  const bool tensor = has_tensor_units(device, task);
-  if (!task.library || (!tensor && size_of(task.dtype) == 2)) return false;
-  const FinishTile tile(task.H);
-  *plan = {};
-  plan->path = Path::gemm;
-  plan->units = tensor ? Units::tensor : Units::plain;
-  plan->rows = tile.rows();
-  plan->blocks = ceil_div(task.B, tile.rows()) * ceil_div(task.H, tile.columns());
-  plan->threads = tile.kThreads;
-  const double elements = double(task.B) * double(task.H), weight = double(task.H * task.H);
-  const double bytes_per_ns = kCacheBytesPerNs * kLibraryCacheShare * device.multiprocessors;
-  const double product = std::max(2 * elements * double(task.H) / library_rate(device, task),
-                                  (weight + elements) * size_of(task.dtype) / bytes_per_ns);
-  // The product and the drive are read, the state is written.
-  const int computed = task.dtype == Dtype::float64 ? 8 : 4;
-  const double finish = elements * (2 * computed + size_of(task.dtype)) / bytes_per_ns;
-  plan->step_ns = 2 * kLaunchNs + kLibraryFillNs + product + finish;
-  return true;
 }
 
 bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Path* wish) {

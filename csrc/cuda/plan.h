@@ -127,4 +127,7 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan);
 
+// Whether the device has tensor cores for what is asked.
+bool has_tensor_units(const DeviceFacts& device, const Task& task);
+
 }  // namespace torch_bptt::cuda
