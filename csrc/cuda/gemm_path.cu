@@ -11,12 +11,11 @@ namespace torch_bptt::cuda {
 
 namespace {
 
-constexpr int kElements = FinishTile::kElements;
-
 // The elements of a thread in a matrix (rows, H): kCount times N that follow each other. A warp
 // reads whole lines either way.
-template <bool ALIGNED>
+template <class S, bool ALIGNED>
 struct Own {
+  static constexpr int kElements = FinishTile::kBytes / sizeof(S);
   static constexpr int N = ALIGNED ? kElements : 1, kCount = kElements / N;
 
   TORCH_BPTT_DEVICE Own(const FinishTile& tile)
@@ -33,7 +32,7 @@ template <class S, bool ALIGNED>
 __global__ void __launch_bounds__(FinishTile::kThreads)
     gather_kernel(const __grid_constant__ Loop<S> loop, int64_t i, int64_t rows, FinishTile tile,
                   S* to) {
-  const Own<ALIGNED> own(tile);
+  const Own<S, ALIGNED> own(tile);
   if (own.b >= rows) return;
   const Step<S, ALIGNED> step(loop, i);
   TORCH_BPTT_UNROLL
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
     finish_kernel(const __grid_constant__ Loop<S> loop, int64_t i, int64_t rows, FinishTile tile,
                   const Compute<S>* products) {
   using C = Compute<S>;
-  const Own<ALIGNED> own(tile);
+  const Own<S, ALIGNED> own(tile);
   if (own.b >= rows) return;
   constexpr int N = own.N;
   const Step<S, ALIGNED> step(loop, i);
@@ -76,22 +75,22 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
 
 // ---- starting them ------------------------------------------------------------------------------
 
-template <class V>
-bool is_aligned(const V* data) {
-  constexpr size_t kBytes = kElements * sizeof(V) < 16 ? kElements * sizeof(V) : 16;
-  return reinterpret_cast<uintptr_t>(data) % kBytes == 0;
+bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % FinishTile::kBytes == 0;
 }
 template <class V>
 bool is_aligned(const Rows<V>& rows) {
-  return is_aligned(rows.data) && rows.step % kElements == 0 && rows.row % kElements == 0;
+  return is_aligned(rows.data) && rows.step * sizeof(V) % FinishTile::kBytes == 0 &&
+         rows.row * sizeof(V) % FinishTile::kBytes == 0;
 }
 
-// Whether kElements that follow each other can be taken at once, in all that a step touches.
+// Whether all that a step touches can be read and written 16 bytes at a time.
 template <class S>
 bool is_aligned(const Loop<S>& l) {
   const auto all = [](const auto&... rows) { return (is_aligned(rows) && ...); };
-  return l.H % kElements == 0 && all(l.alpha, l.mask, l.c, l.noise, l.bias[0], l.bias[1], l.g) &&
-         all(l.gate, l.first, l.restart, l.g_n, l.state, l.f, l.h_n, l.d, l.d_exact, l.d0) &&
+  return l.H * sizeof(S) % FinishTile::kBytes == 0 &&
+         all(l.alpha, l.mask, l.c, l.noise, l.bias[0], l.bias[1], l.g, l.gate, l.first) &&
+         all(l.restart, l.g_n, l.state, l.f, l.h_n, l.d, l.d_exact, l.d0) &&
          all(l.restart_sum, l.carried);
 }
 
@@ -99,7 +98,7 @@ bool is_aligned(const Loop<S>& l) {
 template <class S, class Kernel, class Matrix>
 Error run(Kernel aligned, Kernel any, const Loop<S>& loop, int64_t i, int64_t rows, Matrix* matrix,
           void* stream) {
-  const FinishTile tile(loop.H);
+  const FinishTile tile(loop.H, sizeof(S));
   Launch how;
   how.grid = {unsigned((rows + tile.rows() - 1) / tile.rows()),
               unsigned((loop.H + tile.columns() - 1) / tile.columns()), 1};

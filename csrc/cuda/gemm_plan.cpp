@@ -47,7 +47,7 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, bool tenso
 bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan) {
   const bool tensor = has_tensor_units(device, task);
   if (!task.library || (!tensor && size_of(task.dtype) == 2)) return false;
-  const FinishTile tile(task.H);
+  const FinishTile tile(task.H, size_of(task.dtype));
   *plan = {};
   plan->path = Path::gemm;
   plan->units = tensor ? Units::tensor : Units::plain;

@@ -92,17 +92,18 @@ constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
                                    {16, 16, 8, 64, 2, 128},
                                    {64, 64, 1, 128, 2, 256}};
 
-// What a block of path `gemm` finishes: rows by columns, a thread four elements of one row. Either
-// they follow each other, or they lie `across` apart.
+// What a block of path `gemm` finishes: rows by columns, a thread 16 bytes of one row. Its elements
+// follow each other, or lie `across` apart.
 struct FinishTile {
-  static constexpr int kThreads = 256, kElements = 4;
+  static constexpr int kThreads = 256, kBytes = 16;
 
-  explicit constexpr FinishTile(int64_t H) {
-    while (across < kThreads && across * kElements < H) across *= 2;
+  constexpr FinishTile(int64_t H, int size) : elements(kBytes / size) {
+    while (across < kThreads && across * elements < H) across *= 2;
   }
   TORCH_BPTT_INLINE constexpr int rows() const { return kThreads / across; }
-  TORCH_BPTT_INLINE constexpr int columns() const { return across * kElements; }
+  TORCH_BPTT_INLINE constexpr int columns() const { return across * elements; }
 
+  int elements;    // of a thread
   int across = 1;  // threads for a row
 };
 

@@ -15,11 +15,6 @@ struct Elements {
   TORCH_BPTT_DEVICE V& operator[](int e) { return of[e]; }
   TORCH_BPTT_DEVICE const V& operator[](int e) const { return of[e]; }
 };
-// The same in memory, where one access takes them, or two of 16 bytes.
-template <class V, int N>
-struct alignas(N * sizeof(V) < 16 ? N * sizeof(V) : 16) Together {
-  Elements<V, N> elements;
-};
 template <int N, class Body>
 TORCH_BPTT_DEVICE void for_elements(int count, Body body) {
   TORCH_BPTT_UNROLL
@@ -51,8 +46,8 @@ struct Arriving {
   bool carried;  // it is `state` of the step before (in the order of the loop)
 };
 
-// Step i in the order of the loop. ALIGNED: wherever N elements of a row are asked for together,
-// they lie together in memory as well, and one access can take them.
+// Step i in the order of the loop. ALIGNED: wherever N elements of a row are asked for, they are
+// all there and are read and written 16 bytes at a time, to which they must be aligned.
 template <class S, bool ALIGNED = false>
 class Step : private StepRows {
  public:
@@ -61,24 +56,31 @@ class Step : private StepRows {
 
   TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i) : StepRows(loop, i), l(loop) {}
 
-  // N elements of a row, of which `count` exist; all where ALIGNED.
+  // N elements of a row, of which `count` exist; all of them where ALIGNED.
   template <int N, class V>
   static TORCH_BPTT_DEVICE Elements<V, N> load(const V* from, int count) {
+    Elements<V, N> values{};
     if constexpr (ALIGNED) {
-      const Together<V, N> all = *reinterpret_cast<const Together<V, N>*>(from);
-      return all.elements;
+      for_pieces<V, N>([&](int first, int size) {
+        const Words4 piece = load16(from + first);
+        __builtin_memcpy(values.of + first, &piece, size);
+      });
     } else {
-      Elements<V, N> values{};
       for_elements<N>(count, [&](int e) { values[e] = from[e]; });
-      return values;
     }
+    return values;
   }
   template <int N, class V>
   static TORCH_BPTT_DEVICE void store(V* to, const Elements<V, N>& values, int count) {
-    if constexpr (ALIGNED)
-      reinterpret_cast<Together<V, N>*>(to)->elements = values;
-    else
+    if constexpr (ALIGNED) {
+      for_pieces<V, N>([&](int first, int size) {
+        Words4 piece;
+        __builtin_memcpy(&piece, values.of + first, size);
+        store16(to + first, piece);
+      });
+    } else {
       for_elements<N>(count, [&](int e) { to[e] = values[e]; });
+    }
   }
 
   // What is multiplied by the weight, before the mask.
@@ -162,6 +164,15 @@ class Step : private StepRows {
   }
 
  private:
+  // The first element and the bytes of each of the 16 bytes that N elements take.
+  template <class V, int N, class Body>
+  static TORCH_BPTT_DEVICE void for_pieces(Body body) {
+    constexpr int kSize = sizeof(Words4), kElements = kSize / sizeof(V);
+    static_assert(N % kElements == 0);
+    TORCH_BPTT_UNROLL
+    for (int first = 0; first < N; first += kElements) body(first, kSize);
+  }
+
   template <int N>
   static TORCH_BPTT_DEVICE Elements<S, N> stored(const Elements<C, N>& values) {
     Elements<S, N> rounded;
