@@ -8,14 +8,14 @@ The parts, each of one or several commands with a time of its own:
 
     build      the extension in place, for the GPU that is there
     tests      the tests with --device cuda
-    paths      those of the kernels on each of the three paths, wherever it can be taken
+    paths      those of the kernels on each of the four paths, wherever it can be taken
     cudnn      torch.nn.RNN alone; needs torch and nothing that is built here
     compare    torch_bptt.RNN against it
     constants  latencies and limits of the device
 
 and, only where they are asked for:
 
-    crossovers torch_bptt.RNN on each of the three paths: from where on which is the fastest
+    crossovers torch_bptt.RNN on each of the four paths: from where on which is the fastest
     sanitizer  small cases under the four tools of compute-sanitizer
 
 A command that runs over its time is ended with all that it started, and its rows and its log are
@@ -46,7 +46,7 @@ SECONDS = {
 PARTS = tuple(SECONDS)
 DEFAULT = PARTS[:-2]
 LAYERS = ("cudnn", "compare", "crossovers")  # parts with rows of gpu.layers
-PATHS = ("step", "block", "cluster")
+PATHS = ("step", "block", "cluster", "gemm")
 # In runs of their own, the first with most of what can be wrong.
 TESTS = (
     (

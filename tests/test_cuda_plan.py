@@ -71,10 +71,17 @@ def test_float64_is_multiplied_exactly(device):
         (H200, "bfloat16", 16, 768, "cluster"),
         (H200, "bfloat16", 16, 4096, "step"),
         (H200, "float64", 16, 512, "step"),
+        (H200, "bfloat16", 4096, 2048, "gemm"),
+        (H200, "bfloat16", 512, 2048, "gemm"),
+        (H200, "bfloat16", 64, 2048, "step"),
+        (H200, "float32", 4096, 1024, "gemm"),
+        (H200, "float64", 256, 1024, "gemm"),
+        (A100, "float64", 4096, 2048, "gemm"),
         (A100, "bfloat16", 16, 512, "step"),
         (A100, "float32", 16, 128, "block"),
         (T4, "float16", 8, 256, "block"),
         (T4, "bfloat16", 8, 64, "step"),  # no tensor cores for it
+        (T4, "bfloat16", 4096, 2048, "step"),
     ],
 )
 def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
@@ -84,7 +91,7 @@ def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
 def test_the_estimates_in_the_documentation():
     page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (`.*) \|$", page, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for H, B, cells in rows:
         plans = [
             cuda_plan(H200, "forward", dtype, 1000, int(B), int(H), tf32)
@@ -107,9 +114,26 @@ def test_the_largest_clusters_in_the_documentation():
 
 
 def test_a_path_can_be_forced_where_it_can_do_it():
-    for path in ("step", "block", "cluster"):
+    for path in ("step", "block", "cluster", "gemm"):
         assert cuda_plan(H200, "forward", "bfloat16", 100, 16, 128, path=path)["path"] == path
     assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path="cluster")["path"] == "step"
+
+
+def test_a_librarys_product_is_taken_only_where_it_rounds_as_a_loops_does(device):
+    for dtype, tf32, path in itertools.product(SIZE, (False, True), (None, "gemm")):
+        plan = cuda_plan(device, "adjoint", dtype, 100, 4096, 2048, tf32, path, library=False)
+        assert plan["path"] != "gemm"
+
+
+def test_the_more_rows_a_product_has_the_more_a_library_gains():
+    """From some batch on it is gemm, whatever H is: never back to step."""
+    for dtype, H in itertools.product(SIZE, (1024, 1408, 2048, 2560, 4096)):
+        taken = [
+            cuda_plan(H200, "forward", dtype, 100, 2**k, H)["path"] == "gemm" for k in range(18)
+        ]
+        assert taken == sorted(taken), f"{dtype} {H=}"
+        assert not taken[0] or H > 2048
+        assert taken[13:] == [True] * 5
 
 
 def test_a_small_batch_still_occupies_the_device():
