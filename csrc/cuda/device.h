@@ -54,6 +54,10 @@ constexpr int kWarp = 32;
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define TORCH_BPTT_DEVICE __device__ __forceinline__
 #define TORCH_BPTT_UNROLL _Pragma("unroll")
 #define TORCH_BPTT_UNROLL_LITTLE _Pragma("unroll 2")  // where all would take too many registers
@@ -68,17 +72,27 @@ inline Error error_of(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// Allows a kernel what launch() will ask for beyond the defaults. To be called once before a series
-// of launches on the current device; cheap enough to be called every time.
+// Allows a kernel what launch() will ask for beyond the defaults on the current device. Cheap
+// enough to be called every time: once for each kernel and device it allows all there is, so that
+// no launch on another thread finds less than it needs.
 template <class... Parameters>
 Error prepare(void (*kernel)(Parameters...), const Launch& how) {
+  if (how.shared_bytes <= 48 * 1024 && how.cluster <= 8) return nullptr;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = cudaSuccess;
-  if (how.shared_bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(how.shared_bytes));
-  if (status == cudaSuccess && how.cluster > 8)
+  int device = 0, most_shared = 0;
+  if (Error error = error_of(cudaGetDevice(&device))) return error;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> prepared;
+  const std::lock_guard lock(mutex);
+  if (prepared.count({function, device})) return nullptr;
+  cudaError_t status =
+      cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+  if (status == cudaSuccess && how.cluster > 1)
     status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) prepared.insert({function, device});
   return error_of(status);
 }
 
