@@ -194,7 +194,7 @@ template <class S, class Product, int TILES>
 __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                 const __grid_constant__ GridLayout layout,
-                const __grid_constant__ Workspace workspace) {
+                const __grid_constant__ Workspace workspace, int64_t first_row) {
   using C = Compute<S>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
   // Rows that are multiplied together: as many as there are registers for their sums.
@@ -206,10 +206,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   const auto place = [&](int group) {
     return memory + GridLayout::kPlaces + (group & 1) * layout.place_bytes;
   };
-  const auto sums = [&](int group) {
-    return reinterpret_cast<float*>(memory + layout.sums) +
-           (group & 1) * layout.parts * layout.part_sums;
-  };
+  float* const sums = reinterpret_cast<float*>(memory + layout.sums);
   const auto letters = [&](int64_t s, int group) {
     return reinterpret_cast<float*>(memory + layout.letters +
                                     ((s & 1) * layout.groups + group) * layout.box_bytes);
@@ -266,12 +263,12 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   const int letter = rank * layout.rows * layout.own_units + send_unit % layout.own_units;
 
   const auto mine = [&](int group) { return own_row < layout.rows_of(group); };
-  const auto batch_row = [&](int group) { return int64_t(group) * layout.rows + own_row; };
+  const auto row_of = [&](int group) { return group * layout.rows + own_row; };
   // This thread's part of what enters step s, where all blocks find it.
   const auto write_entering = [&](int64_t s, int group, const Elements<S, kQuad>& values) {
     if (count == 0) return;
     unsigned char* const to =
-        workspace.states_of(layout, s, batch_row(group)) + j * int64_t(sizeof(S));
+        workspace.states_of(layout, s, row_of(group)) + j * int64_t(sizeof(S));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
   };
   const auto publish_entering = [&](int64_t s, int group) {
@@ -280,7 +277,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   };
 
   // Rows that do not exist are multiplied along: zeros.
-  for (int at = thread * 16; at < layout.copies * layout.place_bytes; at += layout.threads * 16)
+  for (int at = thread * 16; at < layout.places * layout.place_bytes; at += layout.threads * 16)
     store16(place(0) + at, Words4{});
   if (thread == 0) {
     for (int i = 0; i < 2 * layout.groups; ++i) init_mailbox(box(i & 1, i >> 1), 1);
@@ -289,7 +286,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   {
     const Step<S> first(loop, steps.begin);
     for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = batch_row(group);
+      const int64_t b = first_row + row_of(group);
       Elements<S, kQuad> state{};
       if (mine(group) && b < first.rows())
         state = entering_elements<Product>(
@@ -318,16 +315,13 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       } else {
         wait_copies<0>();
       }
-      if (layout.across > 1)
-        sync_part(1 + part, layout.across * kWarp);
-      else
-        warp_sync();
+      sync_block();  // the slice is there, and the sums of the group before have been read
 
       const int rows = layout.rows_of(group);
       for (int r = 0; r < rows; r += kTogether) {
         const unsigned char* const from =
             place(group) + r * layout.row_bytes + part * chunks * GridLayout::kChunkBytes;
-        float* const to = sums(group) + part * layout.part_sums + r * layout.sum_stride +
+        float* const to = sums + part * layout.part_sums + r * layout.sum_stride +
                           across * TILES * GridLayout::kTileUnits;
         if (r + GridLayout::kTileRows < rows)
           multiply<Product, kTogether / GridLayout::kTileRows>(
@@ -344,7 +338,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
         TORCH_BPTT_UNROLL_LITTLE
         for (int p = 0; p < layout.parts; ++p) {
           const Words4 add =
-              load16(sums(group) + p * layout.part_sums + row * layout.sum_stride + send_unit);
+              load16(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
         Words4 text;
@@ -358,7 +352,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     const Step<S> step(loop, i), next(loop, last ? i : i + 1),
         later(loop, prefetches ? i + kPrefetched : i);
     for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = batch_row(group);
+      const int64_t b = first_row + row_of(group);
       const bool exists = mine(group) && b < step.rows();
       const bool goes_on = mine(group) && !last && b < next.rows();
       Inputs<S, kQuad> inputs;
@@ -399,7 +393,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
 template <class S, class Product, int TILES>
 __global__ void grid_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
-                            const __grid_constant__ GridLayout, const __grid_constant__ Workspace) {
+                            const __grid_constant__ GridLayout, const __grid_constant__ Workspace,
+                            int64_t) {
   __trap();  // no clusters before sm_90: the plan never comes here
 }
 
@@ -420,15 +415,20 @@ Launch launch_of(const GridLayout& layout, void* stream) {
 }
 
 template <class S, class Product, int TILES>
-Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memory, void* stream) {
-  const Launch how = launch_of(layout, stream);
+Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void* stream) {
   const auto kernel = grid_kernel<S, Product, TILES>;
-  if (Error error = prepare(kernel, how)) return error;
-  const Workspace workspace(layout, memory);
-  for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-    part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
-    if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
-    if (Error error = launch(kernel, how, loop, part, layout, workspace)) return error;
+  const int64_t B = loop.schedule.B;
+  for (int64_t row = 0; row < B; row += plan.batch) {
+    const GridLayout layout(loop.H, plan.batch < B - row ? plan.batch : B - row, sizeof(S),
+                            plan.cluster, plan.blocks / plan.cluster, plan.rows, plan.tile);
+    const Launch how = launch_of(layout, stream);
+    if (Error error = prepare(kernel, how)) return error;
+    const Workspace workspace(layout, memory);
+    for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
+      part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
+      if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
+      if (Error error = launch(kernel, how, loop, part, layout, workspace, row)) return error;
+    }
   }
   return nullptr;
 }
@@ -438,14 +438,12 @@ Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memo
 template <class S>
 Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* workspace,
                     void* stream) {
-  const GridLayout layout(loop.H, loop.schedule.B, sizeof(S), plan.cluster,
-                          plan.blocks / plan.cluster, plan.rows, plan.tile);
   if (plan.units == Units::tensor) {
-    if (plan.tile == 1) return run<S, TensorProduct<S>, 1>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 2) return run<S, TensorProduct<S>, 2>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 3) return run<S, TensorProduct<S>, 3>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 1) return run<S, TensorProduct<S>, 1>(loop, steps, plan, workspace, stream);
+    if (plan.tile == 2) return run<S, TensorProduct<S>, 2>(loop, steps, plan, workspace, stream);
+    if (plan.tile == 3) return run<S, TensorProduct<S>, 3>(loop, steps, plan, workspace, stream);
   } else if constexpr (std::is_same_v<S, float>) {
-    if (plan.tile == 1) return run<S, PlainProduct, 1>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 1) return run<S, PlainProduct, 1>(loop, steps, plan, workspace, stream);
   }
   return "the plan asks for a product that was not compiled";
 }
