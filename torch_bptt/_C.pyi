@@ -28,6 +28,6 @@ def cuda_plan(
     """What the CUDA backend would run; asks no device, and is there in builds without CUDA too.
 
     device: compute capability times ten, multiprocessors, bytes of shared memory of a block, blocks
-    of a cluster. operation: forward, adjoint, tangent. path: step, block or cluster, to force one
-    where it can do it.
+    of a cluster. operation: forward, adjoint, tangent. path: step, block, cluster or grid, to force
+    one where it can do it.
     """
