@@ -69,4 +69,30 @@ struct Steps {
   int64_t begin, end;
 };
 
+// Which rows step i, in the order of a loop, has to do with: each count is of the first rows of the
+// batch. A schedule of the host answers on the host, one of the device there.
+struct StepRows {
+  template <class S>
+  TORCH_BPTT_INLINE StepRows(const Loop<S>& loop, int64_t i) {
+    const Schedule& s = loop.schedule;
+    const bool adjoint = loop.pass == Pass::adjoint;
+    t = adjoint ? s.step(s.T - 1 - i) : s.step(i);
+    from = adjoint ? s.after(t) : s.before(t);
+    existing = i < s.T ? s.rows_at(t) : 0;
+    received = i >= s.T ? 0 : adjoint ? s.rows_continuing(t) : s.rows_continued(t);
+    // Rows of the step before that have no step here: the recurrence runs once more for them.
+    closing = loop.before_first() && i > 0 ? s.rows_at(from) : 0;
+    handed_on = loop.pass == Pass::forward && i < s.T ? s.rows_continuing(t) : 0;
+  }
+
+  // Rows [0, rows()) have something to do.
+  TORCH_BPTT_INLINE int64_t rows() const { return existing > closing ? existing : closing; }
+
+  int64_t t, from;    // this step, and the one whose state it goes on from
+  int64_t existing;   // rows of this step
+  int64_t received;   // of them, those that continue from `from`
+  int64_t closing;    // rows of `from`, where the loop goes on past a row's first step
+  int64_t handed_on;  // forward: rows that have a step after this one
+};
+
 }  // namespace torch_bptt::cuda

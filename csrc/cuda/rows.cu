@@ -29,10 +29,7 @@ __global__ void __launch_bounds__(256)
     const int64_t t = s.step(i), elements = s.rows_at(t) * loop.H;
     for (int64_t e = thread_index(); e < elements; e += block_threads()) {
       const int64_t b = e / loop.H, j = e % loop.H;
-      const S *row = step.arriving(b).row, *mask = step.mask(b);
-      S value = row ? row[j] : S{};
-      if (mask) value = narrow<S>(widen(mask[j]) * widen(value));
-      to[s.offset(t) * loop.H + e] = value;
+      to[s.offset(t) * loop.H + e] = step.template entering<1>(b, j, 1)[0];
     }
   }
 }

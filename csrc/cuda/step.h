@@ -27,10 +27,6 @@ TORCH_BPTT_DEVICE Elements<Compute<S>, N> read_elements(const S* from, int count
   for_elements<N>(count, [&](int e) { values[e] = widen(from[e]); });
   return values;
 }
-template <class S, class C, int N>
-TORCH_BPTT_DEVICE void write_elements(S* to, const Elements<C, N>& values, int count) {
-  for_elements<N>(count, [&](int e) { to[e] = narrow<S>(values[e]); });
-}
 
 // What elements need besides the product, as it lies in memory: nothing is computed with it before
 // finish(), so that no thread waits for it before.
@@ -50,26 +46,42 @@ struct Arriving {
   bool carried;  // it is `state` of the step before (in the order of the loop)
 };
 
-// Step i in the order of the loop.
-template <class S>
-class Step {
+// Step i in the order of the loop. ALIGNED: wherever N elements of a row are asked for, they are
+// all there and are read and written 16 bytes at a time, to which they must be aligned.
+template <class S, bool ALIGNED = false>
+class Step : private StepRows {
  public:
   using C = Compute<S>;
+  using StepRows::rows;
 
-  TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i) : l(loop) {
-    const Schedule& s = loop.schedule;
-    const bool adjoint = loop.pass == Pass::adjoint;
-    t = adjoint ? s.step(s.T - 1 - i) : s.step(i);
-    from = adjoint ? s.after(t) : s.before(t);
-    existing = i < s.T ? s.rows_at(t) : 0;
-    received = i >= s.T ? 0 : adjoint ? s.rows_continuing(t) : s.rows_continued(t);
-    // Rows of the step before that have no step here: the recurrence runs once more for them.
-    closing = loop.before_first() && i > 0 ? s.rows_at(from) : 0;
-    handed_on = loop.pass == Pass::forward && i < s.T ? s.rows_continuing(t) : 0;
+  TORCH_BPTT_DEVICE Step(const Loop<S>& loop, int64_t i) : StepRows(loop, i), l(loop) {}
+
+  // N elements of a row, of which `count` exist; all of them where ALIGNED.
+  template <int N, class V>
+  static TORCH_BPTT_DEVICE Elements<V, N> load(const V* from, int count) {
+    Elements<V, N> values{};
+    if constexpr (ALIGNED) {
+      for_pieces<V, N>([&](int first, int size) {
+        const Words4 piece = load16(from + first);
+        __builtin_memcpy(values.of + first, &piece, size);
+      });
+    } else {
+      for_elements<N>(count, [&](int e) { values[e] = from[e]; });
+    }
+    return values;
   }
-
-  // Rows [0, rows()) have something to do.
-  TORCH_BPTT_DEVICE int64_t rows() const { return existing > closing ? existing : closing; }
+  template <int N, class V>
+  static TORCH_BPTT_DEVICE void store(V* to, const Elements<V, N>& values, int count) {
+    if constexpr (ALIGNED) {
+      for_pieces<V, N>([&](int first, int size) {
+        Words4 piece;
+        __builtin_memcpy(&piece, values.of + first, size);
+        store16(to + first, piece);
+      });
+    } else {
+      for_elements<N>(count, [&](int e) { to[e] = values[e]; });
+    }
+  }
 
   // What is multiplied by the weight, before the mask.
   TORCH_BPTT_DEVICE Arriving<S> arriving(int64_t b) const {
@@ -92,27 +104,37 @@ class Step {
     return l.pass == Pass::adjoint ? nullptr : given(l.mask, b);
   }
 
+  // Elements [j, j + N) of what is multiplied by the weight in row b, of which `count` exist.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<S, N> entering(int64_t b, int64_t j, int count) const {
+    const S *const row = arriving(b).row, *const factor = mask(b);
+    if (!row) return {};
+    Elements<S, N> values = load<N>(row + j, count);
+    if (!factor) return values;
+    const Elements<S, N> m = load<N>(factor + j, count);
+    for_elements<N>(N, [&](int e) { values[e] = narrow<S>(widen(m[e]) * widen(values[e])); });
+    return values;
+  }
+
   // Elements [j, j + N) of row b, of which `count` exist. All N go the same way through every
   // option, so that they overlap.
   template <int N>
   TORCH_BPTT_DEVICE Inputs<S, N> inputs(int64_t b, int64_t j, int count) const {
     Inputs<S, N> in;
     if (b >= existing) return in;
-    const auto read = [&](auto& to, const auto* from) {
-      for_elements<N>(count, [&](int e) { to[e] = from[e]; });
-    };
     const auto add = [&](const S* from) {
-      for_elements<N>(count, [&](int e) { in.few[e] += widen(from[e]); });
+      const Elements<S, N> more = load<N>(from, count);
+      for_elements<N>(N, [&](int e) { in.few[e] += widen(more[e]); });
     };
     const S* const g = g_row(b);
-    if (g) read(in.g, g + j);
+    if (g) in.g = load<N>(g + j, count);
     if (l.pass == Pass::forward) {
       if (l.bias[0]) add(l.bias[0] + j);
       if (l.bias[1]) add(l.bias[1] + j);
-      read(in.c, c_row(b) + j);
+      in.c = load<N>(c_row(b) + j, count);
     } else {
       if (l.g_n.data && b >= received) add(l.g_n.data + b * l.g_n.row + j);
-      read(in.gate, gate_row(b) + j);
+      in.gate = load<N>(gate_row(b) + j, count);
     }
     return in;
   }
@@ -142,15 +164,20 @@ class Step {
   }
 
  private:
+  // The first element and the bytes of each of the 16 bytes that N elements take.
+  template <class V, int N, class Body>
+  static TORCH_BPTT_DEVICE void for_pieces(Body body) {
+    constexpr int kSize = sizeof(Words4), kElements = kSize / sizeof(V);
+    static_assert(N % kElements == 0);
+    TORCH_BPTT_UNROLL
+    for (int first = 0; first < N; first += kElements) body(first, kSize);
+  }
+
   template <int N>
   static TORCH_BPTT_DEVICE Elements<S, N> stored(const Elements<C, N>& values) {
     Elements<S, N> rounded;
     for_elements<N>(N, [&](int e) { rounded[e] = narrow<S>(values[e]); });
     return rounded;
-  }
-  template <int N>
-  static TORCH_BPTT_DEVICE void copy(S* to, const Elements<S, N>& values, int count) {
-    for_elements<N>(count, [&](int e) { to[e] = values[e]; });
   }
 
   template <int N>
@@ -170,12 +197,13 @@ class Step {
 #undef TORCH_BPTT_ENTRY
     }
     if (l.alpha) {
-      write_elements(s.row(l.f, t, b) + j, h, count);
-      for_elements<N>(count, [&](int e) { h[e] = leak(l.alpha[j + e], arriving[e], h[e]); });
+      store(s.row(l.f, t, b) + j, stored(h), count);
+      const Elements<C, N> alpha = load<N>(l.alpha + j, count);
+      for_elements<N>(N, [&](int e) { h[e] = leak(alpha[e], arriving[e], h[e]); });
     }
     const Elements<S, N> state = stored(h);
-    copy(s.row(l.state, t, b) + j, state, count);
-    if (b >= handed_on) copy(l.h_n + b * l.H + j, state, count);
+    store(s.row(l.state, t, b) + j, state, count);
+    if (b >= handed_on) store(l.h_n + b * l.H + j, state, count);
     return state;
   }
 
@@ -186,10 +214,13 @@ class Step {
                                                   const Inputs<S, N>& in) const {
     Elements<C, N> q;
     for_elements<N>(N, [&](int e) { q[e] = widen(in.gate[e]) * product[e]; });
-    if (l.alpha) for_elements<N>(count, [&](int e) { q[e] += (1 - l.alpha[j + e]) * arriving[e]; });
+    if (l.alpha) {
+      const Elements<C, N> alpha = load<N>(l.alpha + j, count);
+      for_elements<N>(N, [&](int e) { q[e] += (1 - alpha[e]) * arriving[e]; });
+    }
     for_elements<N>(N, [&](int e) { q[e] += widen(in.g[e]); });
     const Elements<S, N> state = stored(q);
-    copy(l.schedule.row(l.state, t, b) + j, state, count);
+    store(l.schedule.row(l.state, t, b) + j, state, count);
     return state;
   }
 
@@ -199,12 +230,13 @@ class Step {
                                               const Elements<C, N>& product, bool linked) const {
     Elements<C, N> d = product;
     if (l.mask.data) {
-      const S* const mask = l.mask.data + b * l.mask.row + j;
-      for_elements<N>(count, [&](int e) { d[e] *= widen(mask[e]); });
+      const Elements<S, N> mask = load<N>(l.mask.data + b * l.mask.row + j, count);
+      for_elements<N>(N, [&](int e) { d[e] *= widen(mask[e]); });
     }
     if (l.alpha && linked) {
-      const C* const next = l.carried + b * l.H + j;
-      for_elements<N>(count, [&](int e) { d[e] += (1 - l.alpha[j + e]) * next[e]; });
+      const Elements<C, N> next = load<N>(l.carried + b * l.H + j, count),
+                           alpha = load<N>(l.alpha + j, count);
+      for_elements<N>(N, [&](int e) { d[e] += (1 - alpha[e]) * next[e]; });
     }
     return d;
   }
@@ -212,8 +244,10 @@ class Step {
   template <int N>
   TORCH_BPTT_DEVICE void add_restart(int64_t b, int64_t j, int count,
                                      const Elements<C, N>& d) const {
-    C* const sum = l.restart_sum + b * l.H + j;
-    for_elements<N>(count, [&](int e) { sum[e] += d[e]; });
+    C* const place = l.restart_sum + b * l.H + j;
+    Elements<C, N> sum = load<N>(place, count);
+    for_elements<N>(N, [&](int e) { sum[e] += d[e]; });
+    store(place, sum, count);
   }
 
   template <int N>
@@ -232,8 +266,8 @@ class Step {
     }
     for_elements<N>(N, [&](int e) { d[e] += widen(in.g[e]) + in.few[e]; });
     if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], C(l.clip)); });
-    if (l.d_exact.data) write_elements(s.row(l.d_exact, t, b) + j, d, count);
-    if (l.d.data) write_elements(s.row(l.d, t, b) + j, d, count);
+    if (l.d_exact.data) store(s.row(l.d_exact, t, b) + j, d, count);
+    if (l.d.data) store(s.row(l.d, t, b) + j, stored(d), count);
     Elements<C, N> gate;
     for_elements<N>(N, [&](int e) { gate[e] = widen(in.gate[e]); });
     if (!l.gate_given) {
@@ -247,12 +281,15 @@ class Step {
       }
     }
     if (l.alpha) {
-      write_elements(l.carried + b * l.H + j, d, count);
-      if (!l.gate_given) for_elements<N>(count, [&](int e) { gate[e] *= l.alpha[j + e]; });
+      store(l.carried + b * l.H + j, d, count);
+      if (!l.gate_given) {
+        const Elements<C, N> alpha = load<N>(l.alpha + j, count);
+        for_elements<N>(N, [&](int e) { gate[e] *= alpha[e]; });
+      }
     }
     for_elements<N>(N, [&](int e) { d[e] *= gate[e]; });
     const Elements<S, N> state = stored(d);
-    copy(s.row(l.state, t, b) + j, state, count);
+    store(s.row(l.state, t, b) + j, state, count);
     return state;
   }
 
@@ -265,7 +302,7 @@ class Step {
       if (l.restart_sum) add_restart(b, j, count, d);
       d = {};
     }
-    if (l.d0.data) write_elements(l.d0.data + b * l.d0.row + j, d, count);
+    if (l.d0.data) store(l.d0.data + b * l.d0.row + j, stored(d), count);
   }
 
   // Rows of this step. That of noise or g may be absent.
@@ -283,11 +320,6 @@ class Step {
   }
 
   const Loop<S>& l;
-  int64_t t, from;    // this step, and the one whose state it goes on from
-  int64_t existing;   // rows of this step
-  int64_t received;   // of them, those that continue from `from`
-  int64_t closing;    // rows of `from`, where the loop goes on past a row's first step
-  int64_t handed_on;  // forward: rows that have a step after this one
 };
 
 }  // namespace torch_bptt::cuda
