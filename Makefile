@@ -58,7 +58,7 @@ test-cuda-on-host: build  ## tests of the CUDA kernels without a GPU
 	TORCH_BPTT_CUDA_ON_HOST=1 $(BIN)/python setup.py --quiet build --build-lib $(ON_HOST)
 	$(ON_HOST_RUN) tests/test_kernels.py tests/test_options.py tests/test_rnn_module.py tests/test_cuda_tf32.py \
 	  -k "not avx and not neither_run_nor_threads" $(ARGS)
-	for path in step block cluster gemm; do \
+	for path in step block cluster grid gemm; do \
 	  TORCH_BPTT_CUDA_PATH=$$path TORCH_BPTT_SCHEDULE_SEED=1 $(ON_HOST_RUN) tests/test_kernels.py \
 	    -k "baseline and every_size and not T40 and not T70" $(ARGS) || exit 1; \
 	done

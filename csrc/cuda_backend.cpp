@@ -138,6 +138,12 @@ class Call {
       case Path::cluster:
         if constexpr (sizeof(S) < 8) return check(run_cluster_path(loop, steps, plan, stream));
         break;
+      case Path::grid:
+        if constexpr (sizeof(S) < 8) {
+          const Tensor workspace = at::empty({plan.workspace_bytes}, stored.dtype(at::kByte));
+          return check(run_grid_path(loop, steps, plan, workspace.data_ptr(), stream));
+        }
+        break;
       case Path::gemm:
         return run_gemm_path(loop, host, steps, stored, stream);
     }

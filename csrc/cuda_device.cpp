@@ -30,6 +30,9 @@ DeviceFacts ask(int device) {
   if (facts.capability >= 90 && attribute(cudaDevAttrClusterLaunch, device)) {
     const c10::DeviceGuard guard(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
     facts.largest_cluster = largest_cluster(facts.shared_bytes);
+    for (int i = 0, size = 2; i < 4 && size <= facts.largest_cluster; ++i, size *= 2)
+      facts.resident_clusters[i] = whole_grid_clusters(size, facts.shared_bytes);
+    facts.whole_grid = facts.resident_clusters[0] > 0;
   }
   return facts;
 }

@@ -141,6 +141,62 @@ def test_a_place_that_is_written_too_early_shows(program):
     assert all(result != exchanged() for result in results)
 
 
+def circulated(clusters, ranks, threads, steps):
+    """What the tests `circulate` compute: (cluster, rank, thread), as floats."""
+    i, cluster = np.arange(threads), np.arange(clusters)[:, None, None]
+    number = 100 * np.arange(clusters * ranks).reshape(clusters, ranks, 1) + i
+    for _ in range(steps):
+        letters = [number[:, r, (i + r) % threads] * (r + 1) % 1009 for r in range(ranks)]
+        number = sum(letters)[:, None] + np.arange(ranks)[:, None]
+        read = [number[c][:, (i + c) % threads] * (c + 1) % 1009 for c in range(clusters)]
+        number = sum(read) + 10 * cluster
+    return number.ravel().tolist()
+
+
+@pytest.mark.parametrize("seed", [0, *SEEDS])
+def test_clusters_of_a_grid_pass_numbers_through_global_memory(program, seed):
+    assert numbers(output(program, "circulate", seed))["out"] == circulated(3, 2, 64, 25)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_grid_of_thousands_of_threads(program, seed):
+    assert numbers(output(program, "circulate_large", seed))["out"] == circulated(8, 4, 256, 3)
+
+
+@pytest.mark.parametrize("flaw", ["forgets_to_wait", "publishes_early", "reuses_early"])
+def test_a_number_that_is_read_at_the_wrong_time_shows(program, flaw):
+    right = circulated(3, 2, 64, 25)
+    results = [numbers(output(program, f"circulate_{flaw}", seed))["out"] for seed in SEEDS]
+    assert all(result != right for result in results)
+
+
+@pytest.mark.parametrize("seed", [0, *SEEDS])
+def test_who_sees_a_number_sees_what_was_published_before(program, seed):
+    assert numbers(output(program, "publish_in_turn", seed)) == {
+        "missed": [0] * 128,
+        "flags": [20] * 129,
+    }
+
+
+def test_what_is_written_after_publishing_shows(program):
+    stale = [numbers(output(program, "write_too_late", seed))["stale"][0] for seed in SEEDS]
+    assert all(0 < count < 1000 for count in stale)
+
+
+def test_a_grid_runs_as_a_whole_or_not_at_all(program):
+    first, *refused, alone, pairs, largest = output(program, "whole_grids").splitlines()
+    assert numbers(first)["out"] == [1] * 93 + [0]
+    assert refused == [
+        "refused: the host runs no more than 24000 threads at a time",
+        *["refused: too many blocks in cooperative launch"] * 2,
+    ]
+    # One block of 200 KiB on each of 132 multiprocessors, two of 100 KiB or of 1024 threads; 5% of
+    # the places are in no cluster.
+    assert numbers(alone)["clusters"] == [132]
+    assert numbers(pairs)["clusters"] == [264 * 95 // 100 // 2]
+    assert numbers(largest)["clusters"] == [264 * 95 // 100 // 16]
+
+
 FAULTS = {
     "one_does_not_come": [
         "deadlock",
@@ -160,6 +216,14 @@ FAULTS = {
     "exchange_leaves_early": ["the block it goes to has ended"],
     "uninitialised_mailbox": ["a mailbox that was not initialised"],
     "missed_phase": ["deadlock", "threads 32 to 32: wait_for_mail"],
+    "circulate_waits_for_nobody": [
+        "deadlock",
+        *[f"block ({i}, 0, 0) threads 0 to 2: wait_for_flag at self_test.cpp:" for i in range(6)],
+    ],
+    # Without Launch::whole_grid: the second cluster has not begun.
+    "circulate_apart": ["deadlock", "block (0, 0, 0) threads 1 to 2: wait_for_flag"],
+    "flag_in_shared_memory": ["self_test.cpp:", "a flag in shared memory (block (0, 0, 0)"],
+    "misaligned_flag": ["self_test.cpp:", "a misaligned address (block (0, 0, 0) thread 0)"],
 }
 
 
@@ -194,5 +258,6 @@ def test_launches_run_every_block_once_and_refuse_what_a_gpu_refuses(program):
 )
 def test_other_builds_say_the_same(program, tmp_path, flags):
     other = compiled(tmp_path, *flags)
-    for name in ["barrier", "race", "products", "copies", "exchange", *FAULTS]:
+    names = ["barrier", "race", "products", "copies", "exchange", "circulate", "publish_in_turn"]
+    for name in [*names, "circulate_large", *FAULTS]:
         assert output(other, name, 1) == output(program, name, 1)

@@ -28,7 +28,7 @@ def device(request):
 @pytest.mark.parametrize("operation", ["forward", "adjoint", "tangent"])
 @pytest.mark.parametrize("dtype", SIZE)
 def test_a_plan_fits_the_device_and_covers_the_batch(device, dtype, operation):
-    capability, _, shared_bytes, largest_cluster = device
+    capability, multiprocessors, shared_bytes, largest_cluster = device
     for H, B, T, tf32 in itertools.product(HIDDEN, BATCH, (1, 100), (False, True)):
         plan = cuda_plan(device, operation, dtype, T, B, H, tf32)
         case = f"{H=} {B=} {T=} {tf32=}: {plan}"
@@ -47,6 +47,13 @@ def test_a_plan_fits_the_device_and_covers_the_batch(device, dtype, operation):
             assert plan["blocks"] == tiles_of_batch * plan["cluster"], case
             weight = H * H * SIZE[dtype]
             assert weight < plan["cluster"] * (REGISTER_BYTES + shared_bytes), case
+        elif plan["path"] == "grid":
+            # All blocks run at a time, each with a multiprocessor to itself.
+            assert 2 <= plan["cluster"] <= largest_cluster, case
+            assert plan["blocks"] % plan["cluster"] == 0, case
+            assert plan["blocks"] <= multiprocessors, case
+            weight = H * H * SIZE[dtype]
+            assert weight < plan["blocks"] * (REGISTER_BYTES + shared_bytes), case
         else:
             assert plan["blocks"] % tiles_of_batch == 0, case
         if plan["tensor_cores"]:
@@ -59,7 +66,7 @@ def test_float64_is_multiplied_exactly(device):
     for H, B in itertools.product(HIDDEN, BATCH):
         plan = cuda_plan(device, "forward", "float64", 100, B, H, tf32=True)
         assert not plan["tensor_cores"]
-        assert plan["path"] != "cluster"
+        assert plan["path"] not in ("cluster", "grid")
 
 
 @pytest.mark.parametrize(
@@ -69,11 +76,11 @@ def test_float64_is_multiplied_exactly(device):
         (H200, "bfloat16", 64, 128, "block"),
         (H200, "bfloat16", 16, 512, "cluster"),
         (H200, "bfloat16", 16, 768, "cluster"),
+        (H200, "bfloat16", 16, 2048, "grid"),
         (H200, "bfloat16", 16, 4096, "step"),
         (H200, "float64", 16, 512, "step"),
         (H200, "bfloat16", 4096, 2048, "gemm"),
         (H200, "bfloat16", 512, 2048, "gemm"),
-        (H200, "bfloat16", 64, 2048, "step"),
         (H200, "float32", 4096, 1024, "gemm"),
         (H200, "float64", 256, 1024, "gemm"),
         (A100, "float64", 4096, 2048, "gemm"),
@@ -114,9 +121,10 @@ def test_the_largest_clusters_in_the_documentation():
 
 
 def test_a_path_can_be_forced_where_it_can_do_it():
-    for path in ("step", "block", "cluster", "gemm"):
+    for path in ("step", "block", "cluster", "grid", "gemm"):
         assert cuda_plan(H200, "forward", "bfloat16", 100, 16, 128, path=path)["path"] == path
-    assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path="cluster")["path"] == "step"
+    for path in ("cluster", "grid"):
+        assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path=path)["path"] == "step"
 
 
 def test_a_librarys_product_is_taken_only_where_it_rounds_as_a_loops_does(device):

@@ -4,20 +4,16 @@
 
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace torch_bptt::cuda {
 
 // Block r of a cluster owns `units` of the H units, from r units on, and keeps their rows of the
 // weight from the first step to the last. It computes them for `rows` rows of the batch. Its warps
-// are cut by units, 16 to a tile, and by parts of the sum, so that each has a tile and a part. The
-// sum runs in chunks of 32 bytes of a row, two at a time; of the weight, a chunk of 16 units is 512
-// bytes, 16 for each thread of a warp.
-struct ClusterLayout {
-  static constexpr int kTileUnits = 16, kTileRows = 8, kChunkBytes = 32, kWeightBytes = 512;
-  static constexpr int kMaxThreads = 256;
-  static constexpr int kRegisterChunks = 32;  // of each warp's weight: 128 registers
-  static constexpr int kUnrolled = 4;         // chunks between two looks at their number
-  static constexpr int kQuad = 4;             // each thread finishes so many units of a row
-  static constexpr int kPlaces = 128;         // where they begin; before them, two mailboxes
+// are cut by units, 16 to a tile, and by parts of the sum, so that each has a tile and a part.
+struct ClusterLayout : Tiles {
+  static constexpr int kUnrolled = 4;  // chunks between two looks at their number
+  static constexpr int kPlaces = 128;  // where they begin; before them, two mailboxes
 
   int cluster, rows;
   int units, tiles, parts, threads;
@@ -27,10 +23,6 @@ struct ClusterLayout {
   int sum_stride, part_sums, sums;  // sums of a part, [row][unit], in floats; where they begin
   int weights;                      // where those in shared memory begin
   int64_t shared_bytes;
-
-  static constexpr int64_t up(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-  }
 
   // `size` of an element; `rows` is a multiple of 8.
   constexpr ClusterLayout(int64_t H, int size, int cluster, int rows)

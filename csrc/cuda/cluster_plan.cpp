@@ -17,12 +17,6 @@ constexpr double kExchangeBytesPerNs = 21;  // into one block from the others of
 constexpr double kLaunchNs = 5000;  // of the whole loop: the launch, the cluster's first meeting
 constexpr double kCacheBytesPerNs = 20;  // the weight into one block, in pieces of 4 bytes
 
-// Clusters that run at a time. They do not cross the parts of the chip, so some places stay empty.
-int64_t resident_clusters(const DeviceFacts& device, int cluster) {
-  const int64_t clusters = device.multiprocessors * 95 / (100 * cluster);
-  return clusters > 0 ? clusters : 1;
-}
-
 double estimated_step_ns(const DeviceFacts& device, const Task& task, Units units,
                          const ClusterLayout& layout) {
   const double groups = double(layout.rows) / ClusterLayout::kTileRows,
@@ -43,6 +37,15 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, Units unit
 }
 
 }  // namespace
+
+int64_t resident_clusters(const DeviceFacts& device, int cluster) {
+  // Estimated: they do not cross the parts of the chip, so some places stay empty.
+  int64_t clusters = device.multiprocessors * 95 / (100 * cluster);
+  if (device.resident_clusters[0])
+    for (int i = 0, size = 2; i < 4; ++i, size *= 2)
+      if (size == cluster) clusters = device.resident_clusters[i];
+  return clusters > 0 ? clusters : 1;
+}
 
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1) return false;

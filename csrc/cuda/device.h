@@ -28,8 +28,10 @@ struct Launch {
   unsigned cluster = 1;     // blocks along x that run together; grid.x is a multiple of it
   size_t shared_bytes = 0;  // per block
   void* stream = nullptr;
-  bool overlap = false;  // may start before the kernel ahead of it in the stream ends; it then
-                         // calls wait_for_kernel_before() before it touches what that one writes
+  bool overlap = false;     // may start before the kernel ahead of it in the stream ends; it then
+                            // calls wait_for_kernel_before() before it touches what that one writes
+  bool whole_grid = false;  // all blocks run at a time, so that they may wait for each other; a
+                            // launch that cannot have that is refused
 };
 
 // Null: it went well.
@@ -52,6 +54,10 @@ constexpr int kWarp = 32;
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define TORCH_BPTT_DEVICE __device__ __forceinline__
 #define TORCH_BPTT_UNROLL _Pragma("unroll")
 #define TORCH_BPTT_UNROLL_LITTLE _Pragma("unroll 2")  // where all would take too many registers
@@ -66,21 +72,31 @@ inline Error error_of(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// Allows a kernel what launch() will ask for beyond the defaults. To be called once before a series
-// of launches on the current device; cheap enough to be called every time.
+// Allows a kernel what launch() will ask for beyond the defaults on the current device. Cheap
+// enough to be called every time: once for each kernel and device it allows all there is, so that
+// no launch on another thread finds less than it needs.
 template <class... Parameters>
 Error prepare(void (*kernel)(Parameters...), const Launch& how) {
+  if (how.shared_bytes <= 48 * 1024 && how.cluster <= 8) return nullptr;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = cudaSuccess;
-  if (how.shared_bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(how.shared_bytes));
-  if (status == cudaSuccess && how.cluster > 8)
+  int device = 0, most_shared = 0;
+  if (Error error = error_of(cudaGetDevice(&device))) return error;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> prepared;
+  const std::lock_guard lock(mutex);
+  if (prepared.count({function, device})) return nullptr;
+  cudaError_t status =
+      cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+  if (status == cudaSuccess && how.cluster > 1)
     status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) prepared.insert({function, device});
   return error_of(status);
 }
 
-// The form in which CUDA takes a Launch. `attributes` has room for two, and must outlive it.
+// The form in which CUDA takes a Launch. `attributes` has room for three, and must outlive it.
 inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid.x, how.grid.y, how.grid.z);
@@ -99,12 +115,17 @@ inline cudaLaunchConfig_t config_of(const Launch& how, cudaLaunchAttribute* attr
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
+  if (how.whole_grid) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   return config;
 }
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   const cudaLaunchConfig_t config = config_of(how, attributes);
   return error_of(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
@@ -113,9 +134,14 @@ Error launch(void (*kernel)(Parameters...), const Launch& how, Arguments... argu
 template <class... Parameters>
 Error active_clusters(void (*kernel)(Parameters...), const Launch& how, int* clusters) {
   if (Error error = prepare(kernel, how)) return error;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   const cudaLaunchConfig_t config = config_of(how, attributes);
   return error_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
+}
+
+// Sets `bytes` bytes on the device to zero, in the order of the stream.
+inline Error clear(void* data, size_t bytes, void* stream) {
+  return error_of(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 // ---- who am I -----------------------------------------------------------------------------------
@@ -270,6 +296,28 @@ TORCH_BPTT_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // Leaves a code where the host finds it; the first one stays.
 TORCH_BPTT_DEVICE void report(int* error_word, int code) { atomicCAS(error_word, 0, code); }
+
+// ---- a whole grid (Launch::whole_grid) ----------------------------------------------------------
+//
+// A flag is a number in global memory that only grows, from a clear() ahead of the kernel on.
+
+// Who sees the number sees all that this thread has written before, or has seen written by others
+// of its block before a barrier. Letters to other blocks (send) are not among it.
+TORCH_BPTT_DEVICE void publish(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// Waits until the number is at least `value`. Ten seconds are a fault, as in wait_for_mail().
+TORCH_BPTT_DEVICE void wait_for_flag(const uint32_t* flag, uint32_t value) {
+  uint64_t start = 0;
+  for (unsigned tries = 1;; ++tries) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(flag) : "memory");
+    if (now >= value) return;
+    if (tries % 1024) continue;
+    if (start == 0) start = nanoseconds();
+    if (nanoseconds() - start > 10000000000) __trap();
+  }
+}
 
 // ---- products of a warp -------------------------------------------------------------------------
 //

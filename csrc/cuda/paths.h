@@ -19,6 +19,13 @@ Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* s
 // Not float64.
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream);
+// Not float64. The workspace has plan.workspace_bytes, aligned to 256.
+template <class S>
+Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* workspace,
+                    void* stream);
+// Clusters of so many blocks that the current device, which has clusters, runs at a time of that
+// path's kernels with so much shared memory; 0: none.
+int whole_grid_clusters(int cluster, int64_t shared_bytes);
 // Blocks of the largest cluster that the current device, which has clusters, runs of that path's
 // kernels with so much shared memory; 0: none.
 int largest_cluster(int64_t shared_bytes);

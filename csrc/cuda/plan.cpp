@@ -105,7 +105,7 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
 
 bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Path* wish) {
   bool found = false;
-  for (const auto path : {plan_block, plan_cluster, plan_step, plan_gemm}) {
+  for (const auto path : {plan_block, plan_cluster, plan_grid, plan_step, plan_gemm}) {
     Plan candidate;
     if (!path(device, task, &candidate)) continue;
     if (wish && candidate.path == *wish) {

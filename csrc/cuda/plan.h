@@ -15,6 +15,10 @@ struct DeviceFacts {
   int multiprocessors = 0;
   int64_t shared_bytes = 0;  // of one block at most
   int largest_cluster = 0;   // blocks of a cluster at most; 0: no clusters
+  bool whole_grid = true;    // clusters of a grid may wait for each other, if they all fit
+  // Clusters of 2, 4, 8 and 16 blocks that run at a time if they have the device to themselves,
+  // each block with all shared memory. 0: not known.
+  int resident_clusters[4]{};
 };
 
 constexpr const char* kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};
@@ -40,11 +44,12 @@ enum class Units : int {
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
 
-constexpr const char* kPathNames[] = {"step", "block", "cluster", "gemm"};
+constexpr const char* kPathNames[] = {"step", "block", "cluster", "grid", "gemm"};
 enum class Path : int {
   step,     // a kernel for each step
   block,    // a block of threads for each few rows of the batch, which runs all steps
   cluster,  // a cluster of blocks for each few rows
+  grid,     // all blocks of the device together
   gemm,     // a library's product for each step, and a kernel that finishes it
 };
 
@@ -110,13 +115,15 @@ struct FinishTile {
 struct Plan {
   Path path{};
   Units units{};
-  int tile = 0;        // step: which of kStepTiles
+  int tile = 0;        // step: which of kStepTiles; grid: tiles of a warp
   int rows = 0;        // of the batch that go together
+  int64_t batch = 0;   // grid: rows of a launch
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 0;  // of a launch
   int threads = 0;     // of a block
   int64_t shared_bytes = 0;
-  double step_ns = 0;  // estimated time of a step
+  int64_t workspace_bytes = 0;  // grid: global memory that blocks tell each other their states in
+  double step_ns = 0;           // estimated time of a step
 };
 
 // The path that is estimated fastest; `wish`, if not null, where that one can do it. False where
@@ -126,9 +133,12 @@ bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Pa
 bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_grid(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan);
 
 // Whether the device has tensor cores for what is asked.
 bool has_tensor_units(const DeviceFacts& device, const Task& task);
+// Clusters of so many blocks that run at a time.
+int64_t resident_clusters(const DeviceFacts& device, int cluster);
 
 }  // namespace torch_bptt::cuda

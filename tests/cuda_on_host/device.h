@@ -1,6 +1,7 @@
 // The functions of csrc/cuda/device.h, which includes this file, on fibers.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -36,6 +37,14 @@ inline Error refusal_of(const Launch& how) {
   return nullptr;
 }
 
+// Its 132 multiprocessors. Clusters do not cross the parts of the chip, so some places stay empty.
+inline size_t resident_clusters(const Launch& how) {
+  const size_t by_threads = 2048 / how.threads,
+               by_memory = 228 * 1024 / (how.shared_bytes + 1024),  // 1 KiB is the system's
+      blocks = std::min({by_threads, by_memory, size_t(32)});
+  return how.cluster == 1 ? 132 * blocks : 132 * blocks * 95 / (100 * how.cluster);
+}
+
 template <class... Parameters>
 Error prepare(void (*)(Parameters...), const Launch& how) {
   return refusal_of(how);
@@ -44,17 +53,32 @@ Error prepare(void (*)(Parameters...), const Launch& how) {
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
   if (Error error = refusal_of(how)) return error;
+  const size_t blocks = size_t(how.grid.x) * how.grid.y * how.grid.z;
+  if (how.whole_grid && blocks / how.cluster > resident_clusters(how))
+    return "too many blocks in cooperative launch";
+  if (how.whole_grid && blocks * how.threads > host::kMostThreads)
+    return "the host runs no more than 24000 threads at a time";
   auto body = [&] { kernel(Parameters(arguments)...); };
   host::run(
-      {{how.grid.x, how.grid.y, how.grid.z}, how.threads, how.cluster, how.shared_bytes},
+      {{how.grid.x, how.grid.y, how.grid.z},
+       how.threads,
+       how.cluster,
+       how.shared_bytes,
+       how.whole_grid},
       [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
   return nullptr;
 }
 
 template <class... Parameters>
 Error active_clusters(void (*)(Parameters...), const Launch& how, int* clusters) {
-  *clusters = 1;
-  return refusal_of(how);
+  if (Error error = refusal_of(how)) return error;
+  *clusters = int(resident_clusters(how));
+  return nullptr;
+}
+
+inline Error clear(void* data, size_t bytes, void*) {
+  std::memset(data, 0, bytes);
+  return nullptr;
 }
 
 // ---- who am I -----------------------------------------------------------------------------------
@@ -219,6 +243,15 @@ inline void prefetch_line(const void* global) {
 inline void keep_order() {}
 inline void report(int* error_word, int code) {
   if (*error_word == 0) *error_word = code;
+}
+
+// ---- a whole grid -------------------------------------------------------------------------------
+
+inline void publish(uint32_t* flag, uint32_t value, Where where = Where::current()) {
+  host::publish(flag, value, where);
+}
+inline void wait_for_flag(const uint32_t* flag, uint32_t value, Where where = Where::current()) {
+  host::wait_for_flag(flag, value, where);
 }
 
 // ---- products of a warp -------------------------------------------------------------------------

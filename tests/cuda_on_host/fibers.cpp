@@ -3,9 +3,13 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -98,7 +102,9 @@ class Stack {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     begin = static_cast<unsigned char*>(memory);
-    mprotect(begin, kPage, PROT_NONE);
+    if (mprotect(begin, kPage, PROT_NONE) == 0) return;
+    munmap(begin, kPage + kBytes);
+    throw std::bad_alloc();
   }
   ~Stack() {
     TORCH_BPTT_ASAN(__asan_unpoison_memory_region(data(), kBytes);)
@@ -118,6 +124,8 @@ class Stack {
 // ---- what there is ------------------------------------------------------------------------------
 
 namespace {
+
+using Index = std::array<unsigned, 3>;  // of a block in the grid
 
 struct Copy {
   void* shared;
@@ -162,33 +170,45 @@ struct Warp {
 struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  unsigned running = 0;  // threads that have not ended
+  unsigned running = 0;        // threads that have not ended
+  Meeting* cluster = nullptr;  // the same for all its blocks
   std::vector<Warp> warps;
   Meeting meetings[16];
 };
 
 namespace {
 
-struct Delivery {
+// On its way to a block.
+struct Letter {
   Remote to, box;
   int bytes;
   unsigned char value[16];
   Where where;
 };
 
+// On its way to a flag.
+struct Number {
+  uint32_t* flag;
+  uint32_t value;
+  const Meeting* cluster;  // that published it
+};
+
 // One per thread of the operating system that launches kernels.
 struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<Block> blocks;  // of the running cluster
-  Meeting cluster;
+  std::vector<Block> blocks;  // that run at a time, cluster by cluster
+  std::vector<Meeting> clusters;
   std::vector<Thread*> ready;
   size_t first_ready = 0;       // in fixed order, those before have gone
   std::vector<Thread*> asleep;  // ready as well; in random order only
   const Block* sleeping_block = nullptr;
   const Warp* sleeping_warp = nullptr;  // null: the whole block
+  bool sleeps_deeply = false;           // lets all mail arrive first
   uint64_t until_next_sleeper = 0;
-  std::vector<Delivery> deliveries;
-  std::unordered_map<const Mailbox*, std::vector<Thread*>> readers;
+  int nap_bits = 0;
+  std::deque<Letter> letters;
+  std::vector<Number> numbers;                                    // in the order of publishing
+  std::unordered_map<const void*, std::vector<Thread*>> readers;  // of a mailbox or a flag
   Context outside;
   TORCH_BPTT_ASAN(void* fake_stack = nullptr; const void* bottom = nullptr; size_t bytes = 0;)
   void (*body)(void*) = nullptr;
@@ -237,7 +257,18 @@ void ready_now(Thread* thread) {
   machine.ready.push_back(thread);
 }
 
-void deliver(size_t i);
+void deliver_letter(size_t i);
+void deliver_number(size_t i);
+
+// Lets one of letters.size() + numbers.size() arrive. Letters come in any order, the numbers of a
+// cluster in theirs: who sees one must see what the thread that published it may have seen.
+void deliver(size_t i) {
+  const Machine& m = machine;
+  if (i < m.letters.size()) return deliver_letter(i);
+  const Meeting* cluster = m.numbers[i - m.letters.size()].cluster;
+  const auto first = std::ranges::find(m.numbers, cluster, &Number::cluster);
+  deliver_number(size_t(first - m.numbers.begin()));
+}
 
 // In random order a block or a warp oversleeps now and then, and its mail with it: for a random
 // time it goes on only where no other can. Otherwise all would advance at nearly the same pace.
@@ -249,7 +280,8 @@ bool sleeps(const Thread* thread) {
 void choose_sleeper() {
   Machine& m = machine;
   if (m.until_next_sleeper-- > 0) return;
-  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(11));
+  m.until_next_sleeper = m.draw(uint64_t(16) << m.draw(m.nap_bits));
+  m.sleeps_deeply = m.draw(2);
   m.sleeping_block = &m.blocks[m.draw(m.blocks.size())];
   auto& warps = m.sleeping_block->warps;
   m.sleeping_warp = m.draw(2) ? &warps[m.draw(warps.size())] : nullptr;
@@ -260,20 +292,23 @@ void choose_sleeper() {
 Thread* random_thread() {
   Machine& m = machine;
   choose_sleeper();
-  if (!m.deliveries.empty() && m.draw(4) == 0) {
-    const size_t i = m.draw(m.deliveries.size());
-    if (m.deliveries[i].to.block != m.sleeping_block || m.sleeping_warp) deliver(i);
+  if (const size_t under_way = m.letters.size() + m.numbers.size(); under_way && m.draw(4) == 0) {
+    const size_t i = m.draw(under_way);
+    const bool to_sleeper = i < m.letters.size() && m.letters[i].to.block == m.sleeping_block;
+    if (!to_sleeper || m.sleeping_warp) deliver(i);
   }
   for (;;) {
     while (!m.ready.empty()) {
-      std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
-      Thread* next = m.ready.back();
+      Thread*& drawn = m.ready[m.draw(m.ready.size())];
+      Thread* next = drawn;
+      drawn = m.ready.back();
       m.ready.pop_back();
       if (!sleeps(next)) return next;
       m.asleep.push_back(next);
     }
-    if (!m.deliveries.empty() && (m.asleep.empty() || m.draw(2))) {
-      deliver(m.draw(m.deliveries.size()));
+    const size_t under_way = m.letters.size() + m.numbers.size();
+    if (under_way && (m.asleep.empty() || m.sleeps_deeply || m.draw(2))) {
+      deliver(m.draw(under_way));
     } else if (!m.asleep.empty()) {
       std::swap(m.asleep[m.draw(m.asleep.size())], m.asleep.back());
       Thread* next = m.asleep.back();
@@ -289,10 +324,12 @@ Thread* random_thread() {
 Thread* next_thread() {
   Machine& m = machine;
   if (m.random) return random_thread();
-  while (m.first_ready == m.ready.size()) {
-    m.ready.clear();
+  if (2 * m.first_ready >= m.ready.size()) {
+    m.ready.erase(m.ready.begin(), m.ready.begin() + m.first_ready);
     m.first_ready = 0;
-    if (m.deliveries.empty()) return nullptr;
+  }
+  while (m.ready.empty()) {
+    if (m.letters.empty() && m.numbers.empty()) return nullptr;
     deliver(0);  // as late as can be
   }
   return m.ready[m.first_ready++];
@@ -340,14 +377,19 @@ void wait(const char* what, const Where& where) {
   leave(next_thread());
 }
 
-// Comes last to a meeting: all that wait go on. In random order it may be overtaken.
+// In random order others may go on first.
+void let_overtake() {
+  if (!machine.random) return;
+  ready_now(current);
+  leave(next_thread());
+}
+
+// Comes last to a meeting: all that wait go on.
 void open(Meeting& meeting) {
   for (Thread* thread : meeting.waiting) ready_now(thread);
   meeting.waiting.clear();
   meeting.expected = 0;
-  if (!machine.random) return;
-  ready_now(current);
-  leave(next_thread());
+  let_overtake();
 }
 
 void meet(Meeting& meeting, int expected, const char* what, const Where& where) {
@@ -359,7 +401,7 @@ void meet(Meeting& meeting, int expected, const char* what, const Where& where) 
   wait(what, where);
 }
 
-// ---- a cluster from start to end ----------------------------------------------------------------
+// ---- blocks from start to end -------------------------------------------------------------------
 
 std::string deadlock() {
   // The same wait of neighbouring threads of a block is one line.
@@ -389,17 +431,20 @@ std::string deadlock() {
   return text;
 }
 
-void run_cluster(const Start& start, const unsigned (&first_block)[3]) {
+// Runs clusters together, each given by the index of its first block.
+void run_together(const Start& start, std::span<const Index> clusters) {
   Machine& m = machine;
-  const unsigned count = start.cluster * start.threads;
+  const size_t blocks = clusters.size() * start.cluster, count = blocks * start.threads;
   while (m.threads.size() < count) m.threads.push_back(std::make_unique<Thread>());
   m.ready.clear();
   m.first_ready = 0;
   m.asleep.clear();
   m.until_next_sleeper = 0;
-  m.deliveries.clear();
+  m.nap_bits = std::bit_width(4 * count);  // at most some 64 turns of every thread
+  m.letters.clear();
+  m.numbers.clear();
   m.readers.clear();
-  m.cluster = {};
+  m.clusters.assign(clusters.size(), {});
   m.failure.clear();
   // Aligned as on the GPU; each block's memory ends where its allocation does.
   struct Free {
@@ -407,24 +452,27 @@ void run_cluster(const Start& start, const unsigned (&first_block)[3]) {
   };
   std::vector<std::unique_ptr<unsigned char, Free>> shared;
   m.blocks.clear();
-  m.blocks.resize(start.cluster);
-  for (unsigned rank = 0; rank < start.cluster; ++rank) {
-    Block& block = m.blocks[rank];
+  m.blocks.resize(blocks);
+  for (size_t b = 0; b < blocks; ++b) {
+    Block& block = m.blocks[b];
+    const unsigned rank = unsigned(b % start.cluster);
+    const Index& first = clusters[b / start.cluster];
     const size_t bytes = (start.shared_bytes + 127) / 128 * 128;
     if (bytes) shared.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(128, bytes)));
     block.shared = bytes ? shared.back().get() : nullptr;
     block.shared_bytes = start.shared_bytes;
     if (bytes) std::memset(block.shared, 0xff, bytes);  // NaN in every type
     block.running = start.threads;
+    block.cluster = &m.clusters[b / start.cluster];
     block.warps.resize(start.threads / 32);
     for (unsigned i = 0; i < start.threads; ++i) {
-      const unsigned slot = rank * start.threads + i;
+      const size_t slot = b * start.threads + i;
       Thread& thread = *m.threads[slot];
       thread.place = {i,
                       start.threads,
                       rank,
                       start.cluster,
-                      {first_block[0] + rank, first_block[1], first_block[2]},
+                      {first[0] + rank, first[1], first[2]},
                       {start.grid[0], start.grid[1], start.grid[2]}};
       thread.block = &block;
       thread.warp = &block.warps[i / 32];
@@ -460,27 +508,40 @@ void check_initialised(const Mailbox* box, const Where& where) {
   if (box->arrivals == 0x7fff) fault("a mailbox that was not initialised", where);
 }
 
-// Ends the phase if all has come.
-void close_phase(Mailbox* box) {
-  if (box->pending || box->bytes) return;
-  box->parity ^= 1;
-  box->pending = box->arrivals;
-  const auto readers = machine.readers.find(box);
+void wake_readers(const void* what) {
+  const auto readers = machine.readers.find(what);
   if (readers == machine.readers.end()) return;
   for (Thread* thread : readers->second) ready_now(thread);
   machine.readers.erase(readers);
 }
 
-void deliver(size_t i) {
-  const Delivery delivery = machine.deliveries[i];
-  machine.deliveries.erase(machine.deliveries.begin() + i);
-  if (delivery.to.block->running == 0)
-    fail("send at " + text_of(delivery.where) + ": the block it goes to has ended");
-  std::memcpy(delivery.to.address, delivery.value, delivery.bytes);
-  auto* box = reinterpret_cast<Mailbox*>(delivery.box.address);
-  check_initialised(box, delivery.where);
-  box->bytes -= delivery.bytes;
+// Ends the phase if all has come.
+void close_phase(Mailbox* box) {
+  if (box->pending || box->bytes) return;
+  box->parity ^= 1;
+  box->pending = box->arrivals;
+  wake_readers(box);
+}
+
+void deliver_letter(size_t i) {
+  auto& letters = machine.letters;
+  std::swap(letters[i], letters.front());
+  const Letter letter = letters.front();
+  letters.pop_front();
+  if (letter.to.block->running == 0)
+    fail("send at " + text_of(letter.where) + ": the block it goes to has ended");
+  std::memcpy(letter.to.address, letter.value, letter.bytes);
+  auto* box = reinterpret_cast<Mailbox*>(letter.box.address);
+  check_initialised(box, letter.where);
+  box->bytes -= letter.bytes;
   close_phase(box);
+}
+
+void deliver_number(size_t i) {
+  const Number number = machine.numbers[i];
+  machine.numbers.erase(machine.numbers.begin() + i);
+  *number.flag = number.value;
+  wake_readers(number.flag);
 }
 
 void check_within(const Remote& remote, int bytes, const Where& where) {
@@ -488,6 +549,14 @@ void check_within(const Remote& remote, int bytes, const Where& where) {
   if (offset < 0 || size_t(offset) + bytes > remote.block->shared_bytes)
     fault("an address outside of shared memory", where);
   check_aligned(remote.address, bytes, where);
+}
+
+void check_flag(const uint32_t* flag, const Where& where) {
+  const auto* address = reinterpret_cast<const unsigned char*>(flag);
+  for (const Block& block : machine.blocks)
+    if (address >= block.shared && address < block.shared + block.shared_bytes)
+      fault("a flag in shared memory", where);
+  check_aligned(flag, sizeof *flag, where);
 }
 
 }  // namespace
@@ -512,13 +581,13 @@ void run(const Start& start, void (*body)(void*), void* context) {
   m.body_context = context;
   const size_t columns = start.grid[0] / start.cluster;
   const size_t clusters = columns * start.grid[1] * start.grid[2];
-  std::vector<size_t> order(clusters);
-  for (size_t i = 0; i < clusters; ++i) order[i] = i;
+  std::vector<Index> order(clusters);
+  for (size_t i = 0; i < clusters; ++i)
+    order[i] = {unsigned(i % columns) * start.cluster, unsigned(i / columns % start.grid[1]),
+                unsigned(i / columns / start.grid[1])};
+  if (start.whole_grid) return run_together(start, order);
   for (size_t i = clusters; m.random && i > 1; --i) std::swap(order[i - 1], order[m.draw(i)]);
-  for (size_t i : order)
-    run_cluster(start,
-                {unsigned(i % columns) * start.cluster, unsigned(i / columns % start.grid[1]),
-                 unsigned(i / columns / start.grid[1])});
+  for (const Index& first : order) run_together(start, {&first, 1});
 }
 
 const Place& place() { return current->place; }
@@ -554,7 +623,8 @@ void sync_part(int id, int threads, const Where& where) {
 }
 
 void sync_cluster(const Where& where) {
-  meet(machine.cluster, int(machine.blocks.size() * current->place.block_threads), "sync_cluster",
+  const Place& place = current->place;
+  meet(*current->block->cluster, int(place.cluster_blocks * place.block_threads), "sync_cluster",
        where);
 }
 
@@ -596,8 +666,8 @@ void wait_copies(int pending) {
 
 Remote in_block(unsigned rank, const void* own, const Where& where) {
   check_shared(own, 1, where);
-  if (rank >= machine.blocks.size()) fault("in_block: no block of that rank", where);
-  Block& block = machine.blocks[rank];
+  if (rank >= current->place.cluster_blocks) fault("in_block: no block of that rank", where);
+  Block& block = (current->block - current->place.cluster_rank)[rank];
   return {&block, block.shared + (static_cast<const unsigned char*>(own) - current->block->shared)};
 }
 
@@ -632,9 +702,23 @@ void send(Remote to, const void* value, int bytes, Remote box, const Where& wher
   check_within(to, bytes, where);
   check_within(box, sizeof(Mailbox), where);
   if (to.block != box.block) fault("send: the mailbox is in another block than the letter", where);
-  Delivery delivery{to, box, bytes, {}, where};
-  std::memcpy(delivery.value, value, bytes);
-  machine.deliveries.push_back(delivery);
+  Letter letter{to, box, bytes, {}, where};
+  std::memcpy(letter.value, value, bytes);
+  machine.letters.push_back(letter);
+}
+
+void publish(uint32_t* flag, uint32_t value, const Where& where) {
+  check_flag(flag, where);
+  machine.numbers.push_back({flag, value, current->block->cluster});
+  let_overtake();  // so that what this thread writes too late is missed
+}
+
+void wait_for_flag(const uint32_t* flag, uint32_t value, const Where& where) {
+  check_flag(flag, where);
+  while (*flag < value) {
+    machine.readers[flag].push_back(current);
+    wait("wait_for_flag", where);
+  }
 }
 
 }  // namespace torch_bptt::cuda::host

@@ -1,13 +1,14 @@
 // Runs a CUDA kernel on the CPU, so that its logic can be tested without a GPU: every CUDA thread
 // is a fiber, and one thread of the operating system runs them all, one at a time. The blocks of a
-// cluster run together, clusters one after another.
+// cluster run together, clusters one after another; all of them together where the launch is of a
+// whole grid.
 //
 // A fiber runs until it has to wait. Which one runs next is the order of arrival, or random where
 // TORCH_BPTT_SCHEDULE_SEED is set and not 0: then threads race as they may on a GPU, some fall far
-// behind, and what is sent to another block comes late and in any order. Shared memory starts as
-// NaN. What a GPU leaves undefined ends in a Fault that says where: a deadlock and who waits for
-// what, lanes of a warp that part at a common operation, mail for a block that has ended,
-// misaligned or foreign addresses.
+// behind, and what is sent to another block or published comes late and in any order that may be.
+// Shared memory starts as NaN. What a GPU leaves undefined ends in a Fault that says where: a
+// deadlock and who waits for what, lanes of a warp that part at a common operation, mail for a
+// block that has ended, misaligned or foreign addresses.
 //
 // It does not model the order in which other threads see plain writes to memory, nor the bits a GPU
 // drops in the sums of its matrix products.
@@ -39,7 +40,12 @@ struct Place {
 struct Start {
   unsigned grid[3], threads, cluster;
   size_t shared_bytes;
+  bool whole_grid;
 };
+
+// That can run at a time. The stack of each and the page that guards it are two mappings, of which
+// Linux allows a process 65530.
+constexpr size_t kMostThreads = 24000;
 
 // The seed of all launches from now on, instead of the environment's. 0: fixed order.
 void set_schedule_seed(uint64_t seed);
@@ -88,5 +94,9 @@ void init_mailbox(Mailbox* box, int arrivals, const Where& where);
 void arrive_expecting(Mailbox* box, int bytes, const Where& where);
 void wait_for_mail(Mailbox* box, unsigned parity, const Where& where);
 void send(Remote to, const void* value, int bytes, Remote box, const Where& where);
+
+// Only publish() wakes who waits for a flag.
+void publish(uint32_t* flag, uint32_t value, const Where& where);
+void wait_for_flag(const uint32_t* flag, uint32_t value, const Where& where);
 
 }  // namespace torch_bptt::cuda::host

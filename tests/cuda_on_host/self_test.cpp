@@ -249,12 +249,124 @@ __global__ void missed_phase() {
   }
 }
 
+// ---- a whole grid -------------------------------------------------------------------------------
+
+enum GridFlaw { sound, forgets_to_wait, publishes_early, reuses_early, waits_for_nobody };
+
+// In each step the blocks of a cluster send each other their numbers; the sums over what came go,
+// through global memory, to the blocks of the same rank in all clusters. There are two places there
+// too: who has waited for the numbers of a step knows that all have read those of the step before.
+__global__ void __launch_bounds__(256)
+    circulate(float* out, uint32_t* numbers, uint32_t* flags, int steps, GridFlaw flaw) {
+  struct Shared {
+    Mailbox boxes[2];
+    uint32_t letters[2][4][256];
+  };
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const unsigned i = thread_index(), n = block_threads(), block = block_index().x,
+                 rank = cluster_rank(), ranks = cluster_blocks(), cluster = block / ranks,
+                 clusters = grid_blocks().x / ranks;
+  if (i == 0) {
+    init_mailbox(&shared.boxes[0], 1);
+    init_mailbox(&shared.boxes[1], 1);
+    publish_mailboxes();
+  }
+  sync_cluster();
+  uint32_t number = 100 * block + i;
+  for (int step = 0; step < steps; ++step) {
+    const int place = step & 1;
+    Mailbox* box = &shared.boxes[place];
+    if (i == 0) arrive_expecting(box, int(ranks * n * 4));
+    for (unsigned to = 0; to < ranks; ++to)
+      send(in_block(to, &shared.letters[place][rank][i]), number, in_block(to, box));
+    wait_for_mail(box, step >> 1 & 1);
+    number = rank;
+    for (unsigned from = 0; from < ranks; ++from)
+      number += shared.letters[place][from][(i + from) % n] * (from + 1) % 1009;
+
+    uint32_t* all = numbers + (flaw == reuses_early ? 0 : place) * grid_blocks().x * n;
+    const uint32_t done = uint32_t(step) + 1;
+    if (flaw == publishes_early && i == 0) publish(flags + block, done);
+    all[block * n + i] = number;
+    sync_block();
+    if (flaw != publishes_early && i == 0) publish(flags + block, done);
+    const bool too_much = flaw == waits_for_nobody && done == uint32_t(steps);
+    if (i < clusters && flaw != forgets_to_wait)
+      wait_for_flag(flags + i * ranks + rank, done + too_much);
+    sync_block();
+    number = 10 * cluster;
+    for (unsigned from = 0; from < clusters; ++from)
+      number += all[(from * ranks + rank) * n + (i + from) % n] * (from + 1) % 1009;
+  }
+  sync_cluster();
+  out[block * n + i] = float(number);
+}
+
+template <GridFlaw FLAW>
+void run_circulate(Launch how, int steps) {
+  const size_t blocks = how.grid.x, threads = blocks * how.threads;
+  std::vector<float> out(threads);
+  std::vector<uint32_t> numbers(2 * threads), flags(blocks, ~0u);
+  how.shared_bytes = 8208;
+  clear(flags.data(), blocks * 4, how.stream);
+  start(circulate, how, out.data(), numbers.data(), flags.data(), steps, FLAW);
+  print("out", out);
+}
+
+constexpr Launch kThreeClusters{.grid = {6}, .threads = 64, .cluster = 2, .whole_grid = true};
+
+// One thread publishes, the cluster meets, then each of its threads publishes. Every thread of the
+// second cluster waits for one of those, and counts how often it does not see the first number.
+__global__ void publish_in_turn(float* missed, uint32_t* flags, int steps) {
+  const unsigned i = cluster_rank() * block_threads() + thread_index();
+  const volatile uint32_t* first = flags;
+  for (uint32_t step = 1; step <= uint32_t(steps); ++step) {
+    if (block_index().x >= cluster_blocks()) {
+      wait_for_flag(flags + 1 + i, step);
+      missed[i] += *first < step;
+      continue;
+    }
+    if (i == 0) publish(flags, step);
+    sync_cluster();
+    publish(flags + 1 + i, step);
+  }
+}
+
+// Two blocks take turns; the second one counts what it reads before the first one has written it.
+__global__ void write_too_late(float* stale, uint32_t* flags, volatile uint32_t* data, int steps) {
+  if (thread_index() > 0) return;
+  for (uint32_t step = 1; step <= uint32_t(steps); ++step) {
+    if (block_index().x == 0) {
+      publish(flags + 0, step);
+      *data = step;
+      wait_for_flag(flags + 1, step);
+    } else {
+      wait_for_flag(flags + 0, step);
+      *stale += *data < step;
+      publish(flags + 1, step);
+    }
+  }
+}
+
+__global__ void flag_in_shared_memory() {
+  publish(reinterpret_cast<uint32_t*>(shared_memory()) + 4, 1);
+}
+__global__ void misaligned_flag(float* out) {
+  wait_for_flag(reinterpret_cast<uint32_t*>(reinterpret_cast<unsigned char*>(out) + 2), 1);
+}
+
 // ---- launches -----------------------------------------------------------------------------------
 
 __global__ void mark(float* out, Index3 grid) {
   const Index3 block = block_index(), blocks = grid_blocks();
   const bool same = blocks.x == grid.x && blocks.y == grid.y && blocks.z == grid.z;
   if (thread_index() == 0 && same) out[(block.z * grid.y + block.y) * grid.x + block.x] += 1;
+}
+
+void print_active_clusters(const Launch& how) {
+  int clusters = 0;
+  const Error error = active_clusters(mark, how, &clusters);
+  print(error ? error : "clusters", {float(clusters)});
 }
 
 void switches() {  // how long a fiber's turn takes
@@ -339,6 +451,61 @@ const std::map<std::string, void (*)()> kTests = {
     {"uninitialised_mailbox",
      [] { start(uninitialised_mailbox, {.threads = 32, .shared_bytes = 128}); }},
     {"missed_phase", [] { start(missed_phase, {.threads = 64, .shared_bytes = 128}); }},
+    {"circulate", [] { run_circulate<sound>(kThreeClusters, 25); }},
+    {"circulate_forgets_to_wait", [] { run_circulate<forgets_to_wait>(kThreeClusters, 25); }},
+    {"circulate_publishes_early", [] { run_circulate<publishes_early>(kThreeClusters, 25); }},
+    {"circulate_reuses_early", [] { run_circulate<reuses_early>(kThreeClusters, 25); }},
+    {"circulate_waits_for_nobody", [] { run_circulate<waits_for_nobody>(kThreeClusters, 25); }},
+    {"circulate_apart",
+     [] {
+       Launch how = kThreeClusters;
+       how.whole_grid = false;
+       run_circulate<sound>(how, 25);
+     }},
+    {"circulate_large",
+     [] {
+       run_circulate<sound>({.grid = {32}, .threads = 256, .cluster = 4, .whole_grid = true}, 3);
+     }},
+    {"publish_in_turn",
+     [] {
+       std::vector<float> missed(128);
+       std::vector<uint32_t> flags(129);
+       start(publish_in_turn, {.grid = {4}, .threads = 64, .cluster = 2, .whole_grid = true},
+             missed.data(), flags.data(), 20);
+       print("missed", missed);
+       print("flags", {flags.begin(), flags.end()});
+     }},
+    {"write_too_late",
+     [] {
+       float stale = 0;
+       uint32_t flags[2] = {}, data = 0;
+       start(write_too_late, {.grid = {2}, .threads = 32, .whole_grid = true}, &stale, flags, &data,
+             1000);
+       print("stale", {stale});
+     }},
+    {"flag_in_shared_memory",
+     [] { start(flag_in_shared_memory, {.threads = 32, .shared_bytes = 128}); }},
+    {"misaligned_flag",
+     [] {
+       std::vector<float> out(2);
+       start(misaligned_flag, {.threads = 32}, out.data());
+     }},
+    {"whole_grids",
+     [] {
+       std::vector<float> out(94);
+       const auto try_one = [&](Launch how) {
+         how.whole_grid = true;
+         start(mark, how, out.data(), how.grid);
+       };
+       try_one({.grid = {93}, .threads = 256});  // just below what the host can run
+       print("out", out);
+       try_one({.grid = {94}, .threads = 256});
+       try_one({.grid = {133}, .shared_bytes = 200 * 1024});
+       try_one({.grid = {63 * 2}, .cluster = 2, .shared_bytes = 200 * 1024});
+       print_active_clusters({.shared_bytes = 200 * 1024, .whole_grid = true});
+       print_active_clusters({.grid = {2}, .cluster = 2, .shared_bytes = 100 * 1024});
+       print_active_clusters({.grid = {16}, .threads = 1024, .cluster = 16});
+     }},
     {"launches",
      [] {
        const Index3 grid{4, 3, 2};

@@ -1,8 +1,11 @@
-// Runs csrc/cuda/cluster_path.cu from Python (tests/test_cuda_cluster.py), through ctypes.
+// Runs one loop on a chosen path, with chosen tiles, from Python (tests/cuda_loop.py) through
+// ctypes.
 #include <cstdio>
+#include <vector>
 
-#include "cuda/cluster_path.cu"
-#include "cuda/cluster_plan.cpp"
+#include "cuda/cluster_layout.h"
+#include "cuda/grid_layout.h"
+#include "cuda/paths.h"
 #include "cuda_on_host/fibers.h"
 
 using namespace torch_bptt;
@@ -11,7 +14,7 @@ using namespace torch_bptt::cuda;
 // As the ctypes.Structure there. Rows are dense and contiguous; what is null is absent.
 struct Call {
   int64_t pass, activation, tensor, reverse, truncate, gate_given;
-  int64_t T, B, H, cluster, rows, begin, end, seed;
+  int64_t T, B, H, grid, cluster, clusters, rows, tiles, batch, begin, end, seed;
   double clip;
   const void *weight, *mask, *c, *noise, *bias, *g, *gate, *first, *restart, *g_n;
   const float* alpha;
@@ -60,14 +63,24 @@ const char* run(const Call& call) {
   loop.carried = static_cast<Compute<S>*>(call.carried);
 
   Plan plan;
-  plan.path = Path::cluster;
   plan.units = call.tensor ? Units::tensor : Units::plain;
   plan.cluster = int(call.cluster);
   plan.rows = int(call.rows);
+  plan.tile = int(call.tiles);
+  plan.blocks = call.cluster * call.clusters;
+  plan.batch = call.batch ? call.batch : call.B;
+  const Steps steps{call.begin, call.end < 0 ? loop.steps() : call.end};
   host::set_schedule_seed(uint64_t(call.seed));
   try {
-    return run_cluster_path(loop, {call.begin, call.end < 0 ? loop.steps() : call.end}, plan,
-                            nullptr);
+    if (!call.grid) return run_cluster_path(loop, steps, plan, nullptr);
+    const GridLayout layout(call.H, plan.batch, sizeof(S), int(call.cluster), call.clusters,
+                            int(call.rows), int(call.tiles));
+    if (!layout.fits(227 * 1024)) return "these tiles do not fit";
+    // What nobody writes is NaN.
+    std::vector<unsigned char> workspace(layout.workspace_bytes() + 256, 0xff);
+    const auto begin = reinterpret_cast<uintptr_t>(workspace.data());
+    return run_grid_path(loop, steps, plan, reinterpret_cast<void*>((begin + 255) / 256 * 256),
+                         nullptr);
   } catch (const host::Fault& fault) {
     std::snprintf(message, sizeof message, "%s", fault.what());
     return message;
@@ -79,15 +92,22 @@ extern "C" const char* run_bfloat16(const Call* call) { return run<bfloat16>(*ca
 extern "C" const char* run_float16(const Call* call) { return run<float16>(*call); }
 
 // {threads, chunks, shared_bytes, fits}
-extern "C" void layout(int64_t H, int size, int cluster, int rows, int64_t available,
-                       int64_t* out) {
+extern "C" void cluster_layout(int64_t H, int size, int cluster, int rows, int64_t available,
+                               int64_t* out) {
   const ClusterLayout l(H, size, cluster, rows);
   out[0] = l.threads, out[1] = l.chunks, out[2] = l.shared_bytes, out[3] = l.fits(available);
 }
 
+// {chunks of a part, those in shared memory, groups of rows}
+extern "C" void grid_layout(const Call* call, int size, int64_t* out) {
+  const GridLayout l(call->H, call->B, size, int(call->cluster), call->clusters, int(call->rows),
+                     int(call->tiles));
+  out[0] = l.chunks, out[1] = l.shared_chunks, out[2] = l.groups;
+}
+
 // {cluster, rows, blocks, threads, shared_bytes}; false: not on this path.
-extern "C" bool plan(int largest_cluster, int dtype, bool tf32, int64_t B, int64_t H,
-                     int64_t* out) {
+extern "C" bool cluster_plan(int largest_cluster, int dtype, bool tf32, int64_t B, int64_t H,
+                             int64_t* out) {
   Task task;
   task.dtype = Dtype(dtype);
   task.tf32 = tf32;
