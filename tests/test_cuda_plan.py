@@ -108,16 +108,17 @@ def test_the_estimates_in_the_documentation():
         assert cells.split(" | ") == expected, f"H={H}, B={B}"
 
 
-def test_the_largest_clusters_in_the_documentation():
-    def largest(dtype, tf32):
+def test_the_largest_weights_in_the_documentation():
+    def largest(wish, dtype, tf32):
         path = {
-            H: cuda_plan(H200, "forward", dtype, 1000, 16, H, tf32, path="cluster")["path"]
-            for H in range(16, 2048, 16)
+            H: cuda_plan(H200, "forward", dtype, 1000, 16, H, tf32, path=wish)["path"]
+            for H in range(16, 4096, 16)
         }
-        return max(H for H in path if path[H] == "cluster")
+        return max(H for H in path if path[H] == wish)
 
-    assert [largest("bfloat16", False), largest("float16", False)] == [1408, 1408]
-    assert [largest("float32", True), largest("float32", False)] == [1024, 1024]
+    for path, narrow, wide in (("cluster", 1408, 1024), ("grid", 3968, 2976)):
+        assert largest(path, "bfloat16", False) == largest(path, "float16", False) == narrow
+        assert largest(path, "float32", True) == largest(path, "float32", False) == wide
 
 
 def test_a_path_can_be_forced_where_it_can_do_it():
