@@ -29,7 +29,7 @@ def cuda_plan(
     """What the CUDA backend would run; asks no device, and is there in builds without CUDA too.
 
     device: compute capability times ten, multiprocessors, bytes of shared memory of a block, blocks
-    of a cluster. operation: forward, adjoint, tangent. path: step, block, cluster, grid or
-    gemm, to force one where it can do it. library: whether PyTorch's own products round as the loop's do, without
-    which there is no gemm.
+    of a cluster. operation: forward, adjoint, tangent. path: step, block, cluster, grid or gemm, to
+    force one where it can do it. library: whether PyTorch's own products round as the loop's do,
+    without which there is no gemm.
     """
