@@ -133,9 +133,7 @@ def cuda_paths():
     drawing.line([(390, 298), (390, 260)], GREY, 1.2, arrow=True)
 
     for i in range(2):
-        block(
-            492 + 108 * i, 92, 100, [f"W_{{hh}}, part {i + 1}"], ["slice of h_t;", "sums of all"]
-        )
+        block(492 + 108 * i, 92, 100, [f"W_{{hh}}, part {i + 1}"], ["slice of h_t;", "sums of all"])
         x = 542 + 108 * i
         drawing.line([(x - 10, 194), (x - 10, 232)], RED, arrow=True)
         drawing.line([(x + 10, 232), (x + 10, 194)], RED, arrow=True)
