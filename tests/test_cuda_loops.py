@@ -391,10 +391,7 @@ BROKEN = {
         "one place for letters": ("((s & 1) * layout.groups", "(0 * (s & 1) * layout.groups"),
         "no wait for the states": ("flags + block, uint32_t(s) + 1)", "flags + block, 0)"),
         "no wait for the letters": ("wait_for_mail(box(", "if (s < 0) wait_for_mail(box("),
-        "no barrier before the flag": (
-            f"{BARRIER}    if (thread == 0) publish",
-            "if (thread == 0) publish",
-        ),
+        "no barrier before the flag": ("    sync_part(1 + group, layout.threads);\n", ""),
         "no barrier before the sums are read": (f"{BARRIER}\n      if (send_row", "if (send_row"),
         "no meeting before the first letter": ("  sync_cluster();\n", f"  {BARRIER}"),
     },

@@ -18,13 +18,14 @@ namespace torch_bptt::cuda {
 // The warps of a block are cut by units, `across` of them with `tiles` tiles each, and by parts of
 // its slice. The batch goes in groups of rows, one group after the other.
 struct GridLayout : Tiles {
-  static constexpr int kMaxGroups = 16;
-  static constexpr int kMostTiles = 3;  // of a warp
+  static constexpr int kMaxGroups = 15;  // each has a barrier
+  static constexpr int kMostTiles = 3;   // of a warp
   // Chunks of each of its tiles that a warp has in registers; two go together.
   TORCH_BPTT_INLINE static constexpr int register_chunks(int tiles) {
     return kRegisterChunks / tiles / 2 * 2;
   }
-  static constexpr int kPlaces = 2 * 8 * kMaxGroups;  // where they begin; before them, mailboxes
+  static constexpr int kPlaces =
+      256;  // where they begin; before them, two mailboxes for each group
 
   int cluster, clusters, rows, groups, batch;
   int units, own_units;

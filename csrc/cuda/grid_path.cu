@@ -271,9 +271,13 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
         workspace.states_of(layout, s, row_of(group)) + j * int64_t(sizeof(S));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
   };
+  // When all threads have written theirs. Publishing waits for memory, so that the warps take
+  // turns, and only the one whose turn it is waits.
   const auto publish_entering = [&](int64_t s, int group) {
-    sync_block();
-    if (thread == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
+    const int warps = layout.threads / kWarp;
+    if (warp != warps - 1 - group % warps) return arrive_at_part(1 + group, layout.threads);
+    sync_part(1 + group, layout.threads);
+    if (lane == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
   };
 
   // Rows that do not exist are multiplied along: zeros.
