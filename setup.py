@@ -112,7 +112,7 @@ if cuda:
 if not cuda:
     sources.remove("csrc/cuda_device.cpp")
 if not cuda and not on_host:
-    sources.remove("csrc/cuda_backend.cpp")
+    sources -= {"csrc/cuda_backend.cpp", "csrc/cuda_products.cpp"}
 if on_host:
     sources |= set(glob("tests/cuda_on_host/on_host_*.cpp")) | {"tests/cuda_on_host/fibers.cpp"}
 

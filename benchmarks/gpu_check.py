@@ -8,14 +8,14 @@ The parts, each of one or several commands with a time of its own:
 
     build      the extension in place, for the GPU that is there
     tests      the tests with --device cuda
-    paths      those of the kernels on each of the three paths, wherever it can be taken
+    paths      those of the kernels on each of the paths, wherever it can be taken
     cudnn      torch.nn.RNN alone; needs torch and nothing that is built here
     compare    torch_bptt.RNN against it
     constants  latencies and limits of the device
 
 and, only where they are asked for:
 
-    crossovers torch_bptt.RNN on each of the three paths: from where on which is the fastest
+    crossovers torch_bptt.RNN on each of the paths: from where on which is the fastest
     sanitizer  small cases under the four tools of compute-sanitizer
 
 A command that runs over its time is ended with all that it started, and its rows and its log are
@@ -40,13 +40,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds for each part; all but the last two take less than ten minutes together.
 SECONDS = {
-    "build": 120, "tests": 140, "paths": 90, "cudnn": 70, "compare": 120, "constants": 40,
+    "build": 110, "tests": 140, "paths": 100, "cudnn": 50, "compare": 160, "constants": 35,
     "crossovers": 240, "sanitizer": 240,
 }  # fmt: skip
 PARTS = tuple(SECONDS)
 DEFAULT = PARTS[:-2]
 LAYERS = ("cudnn", "compare", "crossovers")  # parts with rows of gpu.layers
-PATHS = ("step", "block", "cluster")
+PATHS = ("step", "block", "cluster", "grid", "gemm")
 # In runs of their own, the first with most of what can be wrong.
 TESTS = (
     (
@@ -116,7 +116,7 @@ def steps(part: str, seconds: float, out: Path) -> list[Step]:
         build = (sys.executable, "setup.py", "build_ext", "--inplace")
         return [Step(build, seconds), Step((sys.executable, "-m", "gpu.built", str(out)), 30)]
     # Several processes, as small kernels mostly wait for theirs.
-    workers = ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))] if here("xdist") else []
+    workers = ["-n", str(max(1, min(6, (os.cpu_count() or 1) - 2)))] if here("xdist") else []
     if part == "paths":
         some = pytest(*workers, "tests/test_cuda.py", "tests/test_kernels.py", "-k", KERNELS)
         return [Step(forced(path, some), seconds / len(PATHS)) for path in PATHS]

@@ -143,7 +143,8 @@ std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int
                                                   const std::string& operation,
                                                   const std::string& dtype, int64_t T, int64_t B,
                                                   int64_t H, bool tf32,
-                                                  const std::optional<std::string>& path) {
+                                                  const std::optional<std::string>& path,
+                                                  bool library) {
   using namespace torch_bptt::cuda;
   const auto find = [](const char* what, const std::string& name, const auto& names) {
     int i = 0;
@@ -162,6 +163,7 @@ std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int
   task.B = B;
   task.H = H;
   task.tf32 = tf32;
+  task.library = library;
   std::optional<Path> wish;
   if (path) wish = Path(find("path", *path, kPathNames));
   Plan plan;
@@ -200,7 +202,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cuda_plan", cuda_plan, pybind11::arg("device"), pybind11::arg("operation"),
         pybind11::arg("dtype"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"),
-        pybind11::arg("tf32") = false, pybind11::arg("path") = std::nullopt);
+        pybind11::arg("tf32") = false, pybind11::arg("path") = std::nullopt,
+        pybind11::arg("library") = true);
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"build", TORCH_BPTT_BUILD},

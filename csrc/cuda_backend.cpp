@@ -12,11 +12,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <type_traits>
 
 #include "cuda/paths.h"
 #include "cuda_device.h"
+#include "cuda_products.h"
 
 namespace torch_bptt::cuda {
 
@@ -27,32 +29,18 @@ using at::Tensor;
 // The largest drive of the narrow types that is kept at a time.
 constexpr int64_t kDriveBytes = int64_t(64) << 20;
 
-void check(Error error) { TORCH_CHECK(!error, "torch_bptt: a CUDA kernel did not start: ", error); }
-
-constexpr at::ScalarType type_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64:
-      return at::kDouble;
-    case Dtype::bfloat16:
-      return at::kBFloat16;
-    case Dtype::float16:
-      return at::kHalf;
-    default:
-      return at::kFloat;
-  }
-}
-
-// TORCH_BPTT_CUDA_PATH=step|block|cluster|grid: the path to take wherever it can be taken.
+// TORCH_BPTT_CUDA_PATH=step (or another of kPathNames): the path to take wherever it can be taken.
 const Path* wished_path() {
   static const std::optional<Path> wish = []() -> std::optional<Path> {
     const char* const name = std::getenv("TORCH_BPTT_CUDA_PATH");
     if (!name || !*name) return std::nullopt;
     int i = 0;
+    std::string names;
     for (const char* known : kPathNames) {
       if (std::string_view(name) == known) return Path(i);
-      ++i;
+      names += std::string(i++ ? ", " : "") + known;
     }
-    TORCH_CHECK_VALUE(false, "TORCH_BPTT_CUDA_PATH must be step, block, cluster or grid, got ", name);
+    TORCH_CHECK_VALUE(false, "TORCH_BPTT_CUDA_PATH must be one of ", names, ", got ", name);
   }();
   return wish ? &*wish : nullptr;
 }
@@ -93,11 +81,7 @@ class Call {
   template <class T>
   Tensor over(T* data, at::IntArrayRef shape, at::IntArrayRef strides) const {
     using Element = std::remove_const_t<T>;
-    return at::for_blob(const_cast<Element*>(data), shape)
-        .strides(strides)
-        .options(std::is_same_v<Element, S> ? stored : computed)
-        .target_device(stored.device())
-        .make_tensor();
+    return tensor_over(data, shape, strides, std::is_same_v<Element, S> ? stored : computed);
   }
   // As many of them as there are parts; one without a dimension for it.
   template <class T>
@@ -140,6 +124,7 @@ class Call {
     task.B = host.B;
     task.H = H;
     task.tf32 = tf32;
+    task.library = library_rounds_alike(type_of(task.dtype), tf32);
     Plan plan;
     const DeviceFacts& facts = facts_of(stored.device());
     TORCH_CHECK(plan_loop(facts, task, &plan, wished_path()),
@@ -159,6 +144,8 @@ class Call {
           return check(run_grid_path(loop, steps, plan, workspace.data_ptr(), stream));
         }
         break;
+      case Path::gemm:
+        return run_gemm_path(loop, host, steps, stored, stream);
     }
     TORCH_CHECK(false, "torch_bptt: the plan chose a path that was not compiled");
   }
@@ -182,19 +169,6 @@ class Call {
 // ---- products over all rows ---------------------------------------------------------------------
 
 bool is_narrow(const Tensor& tensor) { return tensor.element_size() == 2; }
-
-// out = a b, of matrices or of as many as a and b have of them, added up in the type that is
-// computed in, which is that of out.
-void multiply_exactly(Tensor& out, const Tensor& a, const Tensor& b) {
-  const bool matrices = a.dim() == 2;
-  const auto computed = out.scalar_type();
-  if (is_narrow(a) && a.is_cuda())
-    matrices ? at::mm_out(out, a, b, computed) : at::bmm_out(out, a, b, computed);
-  else if (is_narrow(a))  // PyTorch has that product for CUDA alone
-    multiply_exactly(out, a.to(computed), b.to(computed));
-  else
-    matrices ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
-}
 
 // Rows of H as (rows, parts, H): row r belongs to part r % parts.
 Tensor with_parts(const Tensor& rows, int64_t parts) { return rows.unflatten(0, {-1, parts}); }

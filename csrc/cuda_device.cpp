@@ -59,4 +59,11 @@ bool tf32_allowed(const at::Tensor&) {
          at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
 }
 
+bool library_rounds_alike(at::ScalarType type, bool tf32) {
+  const at::Context& context = at::globalContext();
+  if (type == at::kHalf) return !context.allowFP16AccumulationCuBLAS();
+  if (type != at::kFloat) return true;
+  return tf32 == (!at::NoTF32Guard::should_disable_tf32() && context.allowTF32CuBLAS());
+}
+
 }  // namespace torch_bptt::cuda

@@ -16,4 +16,9 @@ const DeviceFacts& facts_of(c10::Device device);
 // for recurrent layers decides: torch.backends.cudnn.rnn.fp32_precision, or allow_tf32.
 bool tf32_allowed(const at::Tensor& like);
 
+// Whether PyTorch's own product of two matrices of that type rounds as products inside a loop do:
+// float32 to tf32 or not, float16 with sums in float32. torch.backends.cuda.matmul has the
+// settings.
+bool library_rounds_alike(at::ScalarType type, bool tf32);
+
 }  // namespace torch_bptt::cuda

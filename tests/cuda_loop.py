@@ -23,7 +23,8 @@ needs_compiler = pytest.mark.skipif(
 
 INTEGERS = [
     "pass_", "activation", "tensor", "reverse", "truncate", "gate_given",
-    "T", "B", "H", "grid", "cluster", "clusters", "rows", "tiles", "begin", "end", "seed",
+    "T", "B", "H", "grid", "cluster", "clusters", "rows", "tiles", "batch",
+    "begin", "end", "seed",
 ]  # fmt: skip
 POINTERS = [
     "weight", "mask", "c", "noise", "bias", "g", "gate", "first", "restart", "g_n", "alpha", "keep",
@@ -49,7 +50,10 @@ INCLUDE = ["-DTORCH_BPTT_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests
 SOURCES = [
     *(HOST / name for name in ("fibers.cpp", "one_loop.cpp")),
     *(HOST / f"on_host_{path}_path.cpp" for path in ("cluster", "grid")),
-    *(ROOT / "csrc/cuda" / name for name in ("cluster_plan.cpp", "grid_plan.cpp", "plan.cpp")),
+    *(
+        ROOT / "csrc/cuda" / name
+        for name in ("cluster_plan.cpp", "gemm_plan.cpp", "grid_plan.cpp", "plan.cpp")
+    ),
 ]
 
 

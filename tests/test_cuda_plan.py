@@ -28,7 +28,7 @@ def device(request):
 @pytest.mark.parametrize("operation", ["forward", "adjoint", "tangent"])
 @pytest.mark.parametrize("dtype", SIZE)
 def test_a_plan_fits_the_device_and_covers_the_batch(device, dtype, operation):
-    capability, _, shared_bytes, largest_cluster = device
+    capability, multiprocessors, shared_bytes, largest_cluster = device
     for H, B, T, tf32 in itertools.product(HIDDEN, BATCH, (1, 100), (False, True)):
         plan = cuda_plan(device, operation, dtype, T, B, H, tf32)
         case = f"{H=} {B=} {T=} {tf32=}: {plan}"
@@ -47,6 +47,13 @@ def test_a_plan_fits_the_device_and_covers_the_batch(device, dtype, operation):
             assert plan["blocks"] == tiles_of_batch * plan["cluster"], case
             weight = H * H * SIZE[dtype]
             assert weight < plan["cluster"] * (REGISTER_BYTES + shared_bytes), case
+        elif plan["path"] == "grid":
+            # All blocks run at a time, each with a multiprocessor to itself.
+            assert 2 <= plan["cluster"] <= largest_cluster, case
+            assert plan["blocks"] % plan["cluster"] == 0, case
+            assert plan["blocks"] <= multiprocessors, case
+            weight = H * H * SIZE[dtype]
+            assert weight < plan["blocks"] * (REGISTER_BYTES + shared_bytes), case
         else:
             assert plan["blocks"] % tiles_of_batch == 0, case
         if plan["tensor_cores"]:
@@ -59,7 +66,7 @@ def test_float64_is_multiplied_exactly(device):
     for H, B in itertools.product(HIDDEN, BATCH):
         plan = cuda_plan(device, "forward", "float64", 100, B, H, tf32=True)
         assert not plan["tensor_cores"]
-        assert plan["path"] != "cluster"
+        assert plan["path"] not in ("cluster", "grid")
 
 
 @pytest.mark.parametrize(
@@ -69,12 +76,19 @@ def test_float64_is_multiplied_exactly(device):
         (H200, "bfloat16", 64, 128, "block"),
         (H200, "bfloat16", 16, 512, "cluster"),
         (H200, "bfloat16", 16, 768, "cluster"),
+        (H200, "bfloat16", 16, 2048, "grid"),
         (H200, "bfloat16", 16, 4096, "step"),
         (H200, "float64", 16, 512, "step"),
+        (H200, "bfloat16", 4096, 2048, "gemm"),
+        (H200, "bfloat16", 512, 2048, "gemm"),
+        (H200, "float32", 4096, 1024, "gemm"),
+        (H200, "float64", 256, 1024, "gemm"),
+        (A100, "float64", 4096, 2048, "gemm"),
         (A100, "bfloat16", 16, 512, "step"),
         (A100, "float32", 16, 128, "block"),
         (T4, "float16", 8, 256, "block"),
         (T4, "bfloat16", 8, 64, "step"),  # no tensor cores for it
+        (T4, "bfloat16", 4096, 2048, "step"),
     ],
 )
 def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
@@ -84,7 +98,7 @@ def test_the_path_of_well_known_sizes(device, dtype, B, H, path):
 def test_the_estimates_in_the_documentation():
     page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (`.*) \|$", page, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for H, B, cells in rows:
         plans = [
             cuda_plan(H200, "forward", dtype, 1000, int(B), int(H), tf32)
@@ -94,22 +108,41 @@ def test_the_estimates_in_the_documentation():
         assert cells.split(" | ") == expected, f"H={H}, B={B}"
 
 
-def test_the_largest_clusters_in_the_documentation():
-    def largest(dtype, tf32):
+def test_the_largest_weights_in_the_documentation():
+    def largest(wish, dtype, tf32):
         path = {
-            H: cuda_plan(H200, "forward", dtype, 1000, 16, H, tf32, path="cluster")["path"]
-            for H in range(16, 2048, 16)
+            H: cuda_plan(H200, "forward", dtype, 1000, 16, H, tf32, path=wish)["path"]
+            for H in range(16, 4096, 16)
         }
-        return max(H for H in path if path[H] == "cluster")
+        return max(H for H in path if path[H] == wish)
 
-    assert [largest("bfloat16", False), largest("float16", False)] == [1408, 1408]
-    assert [largest("float32", True), largest("float32", False)] == [1024, 1024]
+    for path, narrow, wide in (("cluster", 1408, 1024), ("grid", 3968, 2976)):
+        assert largest(path, "bfloat16", False) == largest(path, "float16", False) == narrow
+        assert largest(path, "float32", True) == largest(path, "float32", False) == wide
 
 
 def test_a_path_can_be_forced_where_it_can_do_it():
-    for path in ("step", "block", "cluster"):
+    for path in ("step", "block", "cluster", "grid", "gemm"):
         assert cuda_plan(H200, "forward", "bfloat16", 100, 16, 128, path=path)["path"] == path
-    assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path="cluster")["path"] == "step"
+    for path in ("cluster", "grid"):
+        assert cuda_plan(H200, "forward", "float64", 100, 16, 512, path=path)["path"] == "step"
+
+
+def test_a_librarys_product_is_taken_only_where_it_rounds_as_a_loops_does(device):
+    for dtype, tf32, path in itertools.product(SIZE, (False, True), (None, "gemm")):
+        plan = cuda_plan(device, "adjoint", dtype, 100, 4096, 2048, tf32, path, library=False)
+        assert plan["path"] != "gemm"
+
+
+def test_the_more_rows_a_product_has_the_more_a_library_gains():
+    """From some batch on it is gemm, whatever H is: never back to step."""
+    for dtype, H in itertools.product(SIZE, (1024, 1408, 2048, 2560, 4096)):
+        taken = [
+            cuda_plan(H200, "forward", dtype, 100, 2**k, H)["path"] == "gemm" for k in range(18)
+        ]
+        assert taken == sorted(taken), f"{dtype} {H=}"
+        assert not taken[0] or H > 2048
+        assert taken[13:] == [True] * 5
 
 
 def test_a_small_batch_still_occupies_the_device():

@@ -19,7 +19,7 @@ U = 2.0**-11
 
 
 # T = 1 is a path of single steps; with more rows than multiprocessors a block of H <= 128 uses
-# tensor cores; larger H takes a cluster.
+# tensor cores; larger H takes a cluster. A library's product, which is exact here, is none of them.
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 3, 40), (2, 140, 40), (2, 140, 100), (2, 3, 300)])
 def test_a_step_rounds_its_factors_and_nothing_else(T, B, H, monkeypatch):
     generator = torch.Generator().manual_seed(H)

@@ -24,10 +24,12 @@ def cuda_plan(
     H: int,
     tf32: bool = False,
     path: str | None = None,
+    library: bool = True,
 ) -> dict[str, str | bool | int | float]:
     """What the CUDA backend would run; asks no device, and is there in builds without CUDA too.
 
     device: compute capability times ten, multiprocessors, bytes of shared memory of a block, blocks
-    of a cluster. operation: forward, adjoint, tangent. path: step, block or cluster, to force one
-    where it can do it.
+    of a cluster. operation: forward, adjoint, tangent. path: step, block, cluster, grid or gemm, to
+    force one where it can do it. library: whether PyTorch's own products round as the loop's do,
+    without which there is no gemm.
     """

@@ -203,7 +203,8 @@ class Links:
     def add_final(self, g: Tensor, grad_h_n: Tensor) -> Tensor:
         """g with the gradient of h_n added: the transpose of ``final``."""
         if self.batch_sizes is None:
-            last = torch.tensor([0 if self.reverse else g.shape[0] - 1], device=g.device)
+            # A copy from the host would wait for the device, and could not be captured in a graph.
+            last = torch.full((1,), 0 if self.reverse else g.shape[0] - 1, device=g.device)
             return g.index_add(0, last, grad_h_n)
         return g.index_add(0, self._final.to(g.device), grad_h_n)
 

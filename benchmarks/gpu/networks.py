@@ -176,7 +176,10 @@ def without_cudnn(call: Call) -> Call:
 
 
 def captured(call: Call) -> Call:
-    """The call as a CUDA graph's replay; what it would return stays in the graph's memory."""
+    """The call as a CUDA graph's replay; what it would return stays in the graph's memory.
+
+    A graph does not keep what it reads, so the replay keeps the call, which does.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -186,7 +189,11 @@ def captured(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(reads=call):
+        graph.replay()
+
+    return replay
 
 
 def prepare(name: str, module: nn.RNN, problem: Problem, pass_name: str) -> Call:

@@ -56,6 +56,10 @@ constexpr int kWarp = 32;
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define TORCH_BPTT_DEVICE __device__ __forceinline__
 #define TORCH_BPTT_UNROLL _Pragma("unroll")
 #define TORCH_BPTT_UNROLL_LITTLE _Pragma("unroll 2")  // where all would take too many registers
@@ -70,17 +74,27 @@ inline Error error_of(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// Allows a kernel what launch() will ask for beyond the defaults. To be called once before a series
-// of launches on the current device; cheap enough to be called every time.
+// Allows a kernel what launch() will ask for beyond the defaults on the current device. Cheap
+// enough to be called every time: once for each kernel and device it allows all there is, so that
+// no launch on another thread finds less than it needs.
 template <class... Parameters>
 Error prepare(void (*kernel)(Parameters...), const Launch& how) {
+  if (how.shared_bytes <= 48 * 1024 && how.cluster <= 8) return nullptr;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = cudaSuccess;
-  if (how.shared_bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(how.shared_bytes));
-  if (status == cudaSuccess && how.cluster > 8)
+  int device = 0, most_shared = 0;
+  if (Error error = error_of(cudaGetDevice(&device))) return error;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> prepared;
+  const std::lock_guard lock(mutex);
+  if (prepared.count({function, device})) return nullptr;
+  cudaError_t status =
+      cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+  if (status == cudaSuccess && how.cluster > 1)
     status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) prepared.insert({function, device});
   return error_of(status);
 }
 
@@ -168,6 +182,10 @@ TORCH_BPTT_DEVICE void warp_sync() { __syncwarp(); }
 // Barrier `id` (1 to 15) of `threads` threads, whole warps: for a part of the block.
 TORCH_BPTT_DEVICE void sync_part(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Comes to such a barrier too, and goes on at once: who waits there sees what was written before.
+TORCH_BPTT_DEVICE void arrive_at_part(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // See Launch::overlap. Without it, both do nothing.

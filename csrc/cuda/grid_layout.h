@@ -18,13 +18,14 @@ namespace torch_bptt::cuda {
 // The warps of a block are cut by units, `across` of them with `tiles` tiles each, and by parts of
 // its slice. The batch goes in groups of rows, one group after the other.
 struct GridLayout : Tiles {
-  static constexpr int kMaxGroups = 16;
-  static constexpr int kMostTiles = 3;  // of a warp
+  static constexpr int kMaxGroups = 15;  // each has a barrier
+  static constexpr int kMostTiles = 3;   // of a warp
   // Chunks of each of its tiles that a warp has in registers; two go together.
   TORCH_BPTT_INLINE static constexpr int register_chunks(int tiles) {
     return kRegisterChunks / tiles / 2 * 2;
   }
-  static constexpr int kPlaces = 2 * 8 * kMaxGroups;  // where they begin; before them, mailboxes
+  static constexpr int kPlaces =
+      256;  // where they begin; before them, two mailboxes for each group
 
   int cluster, clusters, rows, groups, batch;
   int units, own_units;
@@ -32,7 +33,7 @@ struct GridLayout : Tiles {
   int chunks;                       // of a part, for each tile
   int shared_chunks;                // of them, those beyond the registers
   int slice_bytes;                  // of a row, that a block multiplies
-  int copies;                       // two groups are under way where there are two
+  int places;                       // for the slices of two groups, where there are two
   int row_bytes, place_bytes;       // of what enters the product, a row of the batch after another
   int sum_stride, part_sums, sums;  // sums of a part, [row][unit], in floats; where they begin
   int box_bytes, letters;           // sums of all blocks for a group's own units; where they begin
@@ -40,7 +41,8 @@ struct GridLayout : Tiles {
   int64_t shared_bytes;
   int64_t state_row_bytes, state_bytes, flag_bytes;  // in global memory
 
-  // `size` of an element; at most `most_clusters` run at a time; `rows` is a multiple of 8.
+  // For B rows of the batch; `size` of an element; at most `most_clusters` run at a time; `rows` is
+  // a multiple of 8.
   constexpr GridLayout(int64_t H, int64_t B, int size, int cluster, int64_t most_clusters, int rows,
                        int tiles)
       : cluster(cluster), rows(rows), batch(int(B)), tiles(tiles) {
@@ -50,7 +52,7 @@ struct GridLayout : Tiles {
     own_units = units / cluster;
     clusters = int((H + units - 1) / units);
     groups = int((B + rows - 1) / rows);
-    copies = groups > 1 ? 2 : 1;
+    places = groups > 1 ? 2 : 1;
     across = (units / kTileUnits + tiles - 1) / tiles;
     parts = kMaxThreads / 32 / across;
     if (parts < 1) parts = 1;
@@ -66,9 +68,9 @@ struct GridLayout : Tiles {
     place_bytes = rows * row_bytes;
     sum_stride = across * tiles * kTileUnits + 4;  // for the banks again
     part_sums = rows * sum_stride;
-    sums = kPlaces + copies * place_bytes;
+    sums = kPlaces + places * place_bytes;
     box_bytes = cluster * rows * own_units * 4;
-    letters = int(up(sums + int64_t(copies) * parts * part_sums * 4, 16));
+    letters = int(up(sums + int64_t(parts) * part_sums * 4, 16));
     weights = int(up(letters + int64_t(2) * groups * box_bytes, 128));
     shared_bytes = weights + int64_t(across) * parts * tiles * shared_chunks * kWeightBytes;
     state_row_bytes = int64_t(cluster) * slice_bytes;

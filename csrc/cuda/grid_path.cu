@@ -194,7 +194,7 @@ template <class S, class Product, int TILES, Known KNOWN>
 __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                 const __grid_constant__ GridLayout layout,
-                const __grid_constant__ Workspace workspace) {
+                const __grid_constant__ Workspace workspace, int64_t first_row) {
   using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
@@ -207,10 +207,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   const auto place = [&](int group) {
     return memory + GridLayout::kPlaces + (group & 1) * layout.place_bytes;
   };
-  const auto sums = [&](int group) {
-    return reinterpret_cast<float*>(memory + layout.sums) +
-           (group & 1) * layout.parts * layout.part_sums;
-  };
+  float* const sums = reinterpret_cast<float*>(memory + layout.sums);
   const auto letters = [&](int64_t s, int group) {
     return reinterpret_cast<float*>(memory + layout.letters +
                                     ((s & 1) * layout.groups + group) * layout.box_bytes);
@@ -267,20 +264,24 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   const int letter = rank * layout.rows * layout.own_units + send_unit % layout.own_units;
 
   const auto mine = [&](int group) { return count > 0 && own_row < layout.rows_of(group); };
-  const auto batch_row = [&](int group) { return int64_t(group) * layout.rows + own_row; };
+  const auto row_of = [&](int group) { return group * layout.rows + own_row; };
   // This thread's part of what enters step s, where all blocks find it.
   const auto write_entering = [&](int64_t s, int group, const Elements<S, kQuad>& values) {
     unsigned char* const to =
-        workspace.states_of(layout, s, batch_row(group)) + j * int64_t(sizeof(S));
+        workspace.states_of(layout, s, row_of(group)) + j * int64_t(sizeof(S));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
   };
+  // When all threads have written theirs. Publishing waits for memory, so that the warps take
+  // turns, and only the one whose turn it is waits.
   const auto publish_entering = [&](int64_t s, int group) {
-    sync_block();
-    if (thread == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
+    const int warps = layout.threads / kWarp;
+    if (warp != warps - 1 - group % warps) return arrive_at_part(1 + group, layout.threads);
+    sync_part(1 + group, layout.threads);
+    if (lane == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
   };
 
   // Rows that do not exist are multiplied along: zeros.
-  for (int at = thread * 16; at < layout.copies * layout.place_bytes; at += layout.threads * 16)
+  for (int at = thread * 16; at < layout.places * layout.place_bytes; at += layout.threads * 16)
     store16(place(0) + at, Words4{});
   if (thread == 0) {
     for (int i = 0; i < 2 * layout.groups; ++i) init_mailbox(box(i & 1, i >> 1), 1);
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   {
     const Step first(loop, steps.begin);
     for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = batch_row(group);
+      const int64_t b = first_row + row_of(group);
       Elements<S, kQuad> state{};
       if (mine(group) && first.has(b))
         state = rounded<Product>(first.template entering<kQuad>(b, j, count));
@@ -319,16 +320,13 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       } else {
         wait_copies<0>();
       }
-      if (layout.across > 1)
-        sync_part(1 + part, layout.across * kWarp);
-      else
-        warp_sync();
+      sync_block();  // the slice is there, and the sums of the group before have been read
 
       const int rows = layout.rows_of(group);
       for (int r = 0; r < rows; r += kTogether) {
         const unsigned char* const from =
             place(group) + r * layout.row_bytes + part * chunks * GridLayout::kChunkBytes;
-        float* const to = sums(group) + part * layout.part_sums + r * layout.sum_stride +
+        float* const to = sums + part * layout.part_sums + r * layout.sum_stride +
                           across * TILES * GridLayout::kTileUnits;
         if (r + GridLayout::kTileRows < rows)
           multiply<Product, kTogether / GridLayout::kTileRows>(
@@ -345,7 +343,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
         TORCH_BPTT_UNROLL_LITTLE
         for (int p = 0; p < layout.parts; ++p) {
           const Words4 add =
-              load16(sums(group) + p * layout.part_sums + row * layout.sum_stride + send_unit);
+              load16(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
         Words4 text;
@@ -357,7 +355,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
     const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = batch_row(group);
+      const int64_t b = first_row + row_of(group);
       const bool exists = mine(group) && step.has(b),
                  goes_on = mine(group) && !last && next.has(b);
       Constants<S, kQuad> constants = of_units;
@@ -407,7 +405,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
 template <class S, class Product, int TILES, Known KNOWN>
 __global__ void grid_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
-                            const __grid_constant__ GridLayout, const __grid_constant__ Workspace) {
+                            const __grid_constant__ GridLayout, const __grid_constant__ Workspace,
+                            int64_t) {
   __trap();  // no clusters before sm_90: the plan never comes here
 }
 
@@ -425,16 +424,26 @@ Launch launch_of(const GridLayout& layout, void* stream) {
 }
 
 template <class S, class Product, int TILES>
-Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memory, void* stream) {
-  const Launch how = launch_of(layout, stream);
-  const Workspace workspace(layout, memory);
-  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
+Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void* stream) {
+  const auto run_rows = [&]<Known KNOWN>(int64_t first_row, int64_t rows) -> Error {
     const auto kernel = grid_kernel<S, Product, TILES, KNOWN>;
+    const GridLayout layout(loop.H, rows, sizeof(S), plan.cluster, plan.blocks / plan.cluster,
+                            plan.rows, plan.tile);
+    const Launch how = launch_of(layout, stream);
     if (Error error = prepare(kernel, how)) return error;
+    const Workspace workspace(layout, memory);
     return run_in_parts(steps, [&](Steps part) -> Error {
       if (Error error = clear(workspace.flags, size_t(layout.flag_bytes), stream)) return error;
-      return launch(kernel, how, loop, part, layout, workspace);
+      return launch(kernel, how, loop, part, layout, workspace, first_row);
     });
+  };
+  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
+    const int64_t B = loop.schedule.B;
+    for (int64_t row = 0; row < B; row += plan.batch) {
+      const int64_t rows = plan.batch < B - row ? plan.batch : B - row;
+      if (Error error = run_rows.template operator()<KNOWN>(row, rows)) return error;
+    }
+    return nullptr;
   });
 }
 
@@ -443,14 +452,12 @@ Error run(const Loop<S>& loop, Steps steps, const GridLayout& layout, void* memo
 template <class S>
 Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* workspace,
                     void* stream) {
-  const GridLayout layout(loop.H, loop.schedule.B, sizeof(S), plan.cluster,
-                          plan.blocks / plan.cluster, plan.rows, plan.tile);
   if (plan.units == Units::tensor) {
-    if (plan.tile == 1) return run<S, TensorProduct<S, 2>, 1>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 2) return run<S, TensorProduct<S, 2>, 2>(loop, steps, layout, workspace, stream);
-    if (plan.tile == 3) return run<S, TensorProduct<S, 2>, 3>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 1) return run<S, TensorProduct<S, 2>, 1>(loop, steps, plan, workspace, stream);
+    if (plan.tile == 2) return run<S, TensorProduct<S, 2>, 2>(loop, steps, plan, workspace, stream);
+    if (plan.tile == 3) return run<S, TensorProduct<S, 2>, 3>(loop, steps, plan, workspace, stream);
   } else if constexpr (std::is_same_v<S, float>) {
-    if (plan.tile == 1) return run<S, PlainProduct, 1>(loop, steps, layout, workspace, stream);
+    if (plan.tile == 1) return run<S, PlainProduct, 1>(loop, steps, plan, workspace, stream);
   }
   return "the plan asks for a product that was not compiled";
 }

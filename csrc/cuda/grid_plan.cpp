@@ -9,7 +9,7 @@ namespace {
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
 constexpr double kClock = 1.7;  // cycles for each nanosecond
-constexpr double kHopNs = 800;  // until a block sees what another wrote, and has begun to read
+constexpr double kHopNs = 950;  // until a block sees what another wrote, and has begun to read
 constexpr double kFixedCycles = 540;   // reading, adding parts up, the activation, one exchange
 constexpr double kGroupCycles = 150;   // barriers of a group of rows
 constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
@@ -27,11 +27,14 @@ double estimated_step_ns(const Task& task, Units units, const GridLayout& layout
                octets = double(layout.groups) * layout.rows / GridLayout::kTileRows;
   const double product = octets * layout.tiles * layout.chunks * warps / 4 *
                          (units == Units::tensor ? kTensorCycles : kPlainCycles);
-  // Tiles read states, and weights that are not in registers; sums are written and read.
-  const double shared = octets * warps *
-                            (layout.chunks * GridLayout::kTileRows * GridLayout::kChunkBytes +
-                             layout.tiles * layout.shared_chunks * GridLayout::kWeightBytes) +
-                        2.0 * layout.groups * layout.parts * layout.part_sums * 4;
+  // Warps read states, and, for two octets at a time, weights that are not in registers; sums are
+  // written and read.
+  const double passes =
+      units == Units::tensor && layout.rows > GridLayout::kTileRows ? octets / 2 : octets;
+  const double shared =
+      octets * warps * layout.chunks * GridLayout::kTileRows * GridLayout::kChunkBytes +
+      passes * warps * layout.tiles * layout.shared_chunks * GridLayout::kWeightBytes +
+      2.0 * layout.groups * layout.parts * layout.part_sums * 4;
   const double states = double(task.B) * layout.slice_bytes / kCacheBytesPerNs,
                letters = double(task.B) * layout.own_units * 4 * (layout.cluster - 1) /
                          kExchangeBytesPerNs;
@@ -56,27 +59,32 @@ bool plan_grid(const DeviceFacts& device, const Task& task, Plan* plan) {
   const Units units = tensor ? Units::tensor : Units::plain;
   // Without tensor cores a thread has registers for the sums of one tile.
   const int most_tiles = tensor ? GridLayout::kMostTiles : 1;
-  constexpr int kMostRows = 64;
-  if (task.B > kMostRows * GridLayout::kMaxGroups) return false;
+  constexpr int kMostRows = 64, kMostLaunches = 16;
   *plan = {};
-  for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {
-    for (int rows = 8; rows <= kMostRows && rows < task.B + 8; rows += 8) {
-      for (int tiles = 1; tiles <= most_tiles; ++tiles) {
-        const GridLayout layout(task.H, task.B, size_of(task.dtype), cluster,
-                                resident_clusters(device, cluster), rows, tiles);
-        if (!layout.fits(device.shared_bytes)) continue;
-        const double step_ns = estimated_step_ns(task, units, layout);
-        if (plan->blocks && step_ns >= plan->step_ns) continue;
-        plan->path = Path::grid;
-        plan->units = units;
-        plan->tile = tiles;
-        plan->rows = rows;
-        plan->cluster = cluster;
-        plan->blocks = layout.blocks();
-        plan->threads = layout.threads;
-        plan->shared_bytes = layout.shared_bytes;
-        plan->workspace_bytes = layout.workspace_bytes();
-        plan->step_ns = step_ns;
+  // Rows of the batch do not know each other, so that a large one may go in parts.
+  for (int launches = 1; launches <= kMostLaunches && launches <= task.B; launches *= 2) {
+    Task part = task;
+    part.B = (task.B + launches - 1) / launches;
+    for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {
+      for (int rows = 8; rows <= kMostRows && rows < part.B + 8; rows += 8) {
+        for (int tiles = 1; tiles <= most_tiles; ++tiles) {
+          const GridLayout layout(task.H, part.B, size_of(task.dtype), cluster,
+                                  resident_clusters(device, cluster), rows, tiles);
+          if (!layout.fits(device.shared_bytes)) continue;
+          const double step_ns = launches * estimated_step_ns(part, units, layout);
+          if (plan->blocks && step_ns >= plan->step_ns) continue;
+          plan->path = Path::grid;
+          plan->units = units;
+          plan->tile = tiles;
+          plan->rows = rows;
+          plan->batch = part.B;
+          plan->cluster = cluster;
+          plan->blocks = layout.blocks();
+          plan->threads = layout.threads;
+          plan->shared_bytes = layout.shared_bytes;
+          plan->workspace_bytes = layout.workspace_bytes();
+          plan->step_ns = step_ns;
+        }
       }
     }
   }

@@ -30,6 +30,16 @@ int whole_grid_clusters(int cluster, int64_t shared_bytes);
 // kernels with so much shared memory; 0: none.
 int largest_cluster(int64_t shared_bytes);
 
+// Path gemm, around the product of step i, which is a library's and lies in rows of H
+// (gemm_path.cu): `to` becomes what it multiplies by the weight, for the first `rows` rows; and its
+// result finishes the elements of all rows of the step, StepRows::rows() on the host. No product is
+// read where nothing enters.
+template <class S>
+Error gather_step(const Loop<S>& loop, int64_t i, int64_t rows, S* to, void* stream);
+template <class S>
+Error finish_step(const Loop<S>& loop, int64_t i, int64_t rows, const Compute<S>* products,
+                  void* stream);
+
 // ---- around the loops (rows.cu) -----------------------------------------------------------------
 
 // Writes numbers of the host to the device. They travel as kernel arguments: a copy from ordinary

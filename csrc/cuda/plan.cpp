@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace torch_bptt::cuda {
@@ -15,6 +16,9 @@ constexpr double kClock = 1.7;           // cycles for each nanosecond
 constexpr double kFixedCycles = 330;    // path block: reading, adding up, the activation, a barrier
 constexpr double kTensorCycles = 6.3;   // 16 units by 8 rows by 32 bytes on one of four schedulers
 constexpr double kPlainPerCycle = 100;  // multiply-adds of float32; of float64 half as many
+constexpr double kPlainTilePerCycle = 60;  // the same of path step; before 9.0 half as many
+
+}  // namespace
 
 bool has_tensor_units(const DeviceFacts& device, const Task& task) {
   switch (task.dtype) {
@@ -30,12 +34,19 @@ bool has_tensor_units(const DeviceFacts& device, const Task& task) {
   return false;
 }
 
-// Of one step, by the reads of its tiles, which small batches wait for most.
+namespace {
+
+// Of one step, by the reads of its tiles, which small batches wait for most, or by its sums.
 double estimated_step_ns(const DeviceFacts& device, const Task& task, const StepTile& tile) {
   const int64_t blocks = ceil_div(task.H, tile.units) * ceil_div(task.B, tile.rows);
   const int64_t waves = ceil_div(blocks, device.multiprocessors);
-  return kLaunchNs + double(waves) * double(tile.units + tile.rows) * double(task.H) *
-                         size_of(task.dtype) / kCacheBytesPerNs;
+  const double reads =
+      double(tile.units + tile.rows) * double(task.H) * size_of(task.dtype) / kCacheBytesPerNs;
+  if (has_tensor_units(device, task)) return kLaunchNs + double(waves) * reads;
+  const double per_ns = kPlainTilePerCycle * kClock / (device.capability < 90 ? 2 : 1) /
+                        (task.dtype == Dtype::float64 ? 2 : 1);
+  const double sums = double(tile.units * tile.rows) * double(task.H) / per_ns;
+  return kLaunchNs + double(waves) * std::max(reads, sums);
 }
 
 }  // namespace
@@ -94,7 +105,7 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
 
 bool plan_loop(const DeviceFacts& device, const Task& task, Plan* plan, const Path* wish) {
   bool found = false;
-  for (const auto path : {plan_block, plan_cluster, plan_grid, plan_step}) {
+  for (const auto path : {plan_block, plan_cluster, plan_grid, plan_step, plan_gemm}) {
     Plan candidate;
     if (!path(device, task, &candidate)) continue;
     if (wish && candidate.path == *wish) {

@@ -44,12 +44,13 @@ enum class Units : int {
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
 
-constexpr const char* kPathNames[] = {"step", "block", "cluster", "grid"};
+constexpr const char* kPathNames[] = {"step", "block", "cluster", "grid", "gemm"};
 enum class Path : int {
   step,     // a kernel for each step
   block,    // a block of threads for each few rows of the batch, which runs all steps
   cluster,  // a cluster of blocks for each few rows
   grid,     // all blocks of the device together
+  gemm,     // a library's product for each step, and a kernel that finishes it
 };
 
 // What is asked: a loop, without its pointers.
@@ -57,7 +58,8 @@ struct Task {
   Pass pass{};
   Dtype dtype{};
   int64_t T = 0, B = 0, H = 0;
-  bool tf32 = false;  // products of float32 may round their factors to tf32
+  bool tf32 = false;    // products of float32 may round their factors to tf32
+  bool library = true;  // a library's product of two matrices rounds as a loop's does
 };
 
 // The tile of the product that a block of path `step` computes.
@@ -95,11 +97,27 @@ constexpr StepTile kStepTiles[] = {{16, 16, 8, 64, 3, 256},
                                    {16, 16, 8, 64, 2, 128},
                                    {64, 64, 1, 128, 2, 256}};
 
+// What a block of path `gemm` finishes: rows by columns, a thread 16 bytes of one row. Its elements
+// follow each other, or lie `across` apart.
+struct FinishTile {
+  static constexpr int kThreads = 256, kBytes = 16;
+
+  constexpr FinishTile(int64_t H, int size) : elements(kBytes / size) {
+    while (across < kThreads && across * elements < H) across *= 2;
+  }
+  TORCH_BPTT_INLINE constexpr int rows() const { return kThreads / across; }
+  TORCH_BPTT_INLINE constexpr int columns() const { return across * elements; }
+
+  int elements;    // of a thread
+  int across = 1;  // threads for a row
+};
+
 struct Plan {
   Path path{};
   Units units{};
   int tile = 0;        // step: which of kStepTiles; grid: tiles of a warp
   int rows = 0;        // of the batch that go together
+  int64_t batch = 0;   // grid: rows of a launch
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 0;  // of a launch
   int threads = 0;     // of a block
@@ -116,7 +134,10 @@ bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan);
 bool plan_grid(const DeviceFacts& device, const Task& task, Plan* plan);
+bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan);
 
+// Whether the device has tensor cores for what is asked.
+bool has_tensor_units(const DeviceFacts& device, const Task& task);
 // Clusters of so many blocks that run at a time.
 int64_t resident_clusters(const DeviceFacts& device, int cluster);
 

@@ -113,7 +113,7 @@ struct Known {
   int pass = kAnyPass;
   bool dense = false;    // no packed rows
   bool aligned = false;  // wherever N elements of a row are asked for, all of them exist, and one
-                         // access takes them, or several of 16 bytes: cuda::aligned()
+                         // access takes them, or several of 16 bytes: lies_well()
 };
 
 // The state that arrives at a row.
@@ -534,20 +534,20 @@ class Step {
 
 // Whether all that a step touches of a loop lies aligned for `elements` at a time, which divide H.
 template <class S>
-bool aligned(const Loop<S>& l, int elements) {
-  const auto lies_well = [&]<class V>(const V* data, int64_t step = 0, int64_t row = 0) {
+bool lies_well(const Loop<S>& l, int elements) {
+  const auto at = [&]<class V>(const V* data, int64_t step = 0, int64_t row = 0) {
     const int64_t all = elements * int64_t(sizeof(V)), bytes = all < 16 ? all : 16;
     return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
            step * int64_t(sizeof(V)) % bytes == 0 && row * int64_t(sizeof(V)) % bytes == 0;
   };
-  const auto rows_lie_well = [&](const auto&... rows) {
-    return (lies_well(rows.data, rows.step, rows.row) && ...);
+  const auto rows_lie = [&](const auto&... rows) {
+    return (at(rows.data, rows.step, rows.row) && ...);
   };
-  const auto vectors_lie_well = [&](const auto*... data) { return (lies_well(data) && ...); };
+  const auto vectors_lie = [&](const auto*... data) { return (at(data) && ...); };
   return l.H % elements == 0 &&
-         rows_lie_well(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
-         rows_lie_well(l.state, l.f, l.d, l.d_exact, l.d0) &&
-         vectors_lie_well(l.alpha, l.c, l.bias[0], l.bias[1], l.h_n, l.restart_sum, l.carried);
+         rows_lie(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
+         rows_lie(l.state, l.f, l.d, l.d_exact, l.d0) &&
+         vectors_lie(l.alpha, l.c, l.bias[0], l.bias[1], l.h_n, l.restart_sum, l.carried);
 }
 
 template <class S>
@@ -582,7 +582,7 @@ Error run_in_parts(Steps steps, Run run) {
 // own for each pass, since there every instruction of a step counts; so has each pass in general.
 template <class S, class Run>
 Error run_knowing(const Loop<S>& loop, int elements, Run run) {
-  const bool simple = !loop.schedule.offsets && aligned(loop, elements);
+  const bool simple = !loop.schedule.offsets && lies_well(loop, elements);
   const auto run_pass = [&]<int PASS>() {
     return simple ? run.template operator()<Known{PASS, true, true}>()
                   : run.template operator()<Known{PASS, false, false}>();

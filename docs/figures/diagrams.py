@@ -89,8 +89,8 @@ def memory():
 
 
 def cuda_paths():
-    """Where the weight and the state are during a step, in each of the three paths on a GPU."""
-    drawing = Drawing(720, 392, "Weights and states on a GPU: block, cluster and step")
+    """Where the weight and the state are during a step, in each of the paths on a GPU."""
+    drawing = Drawing(956, 392, "Weights and states on a GPU: block, cluster, grid and step")
 
     def part(x, y, width, height, words, color=GREY, fill="white", size=11.5):
         """Words, one below the other, in a box."""
@@ -106,8 +106,11 @@ def cuda_paths():
         part(x + 6, y + 54, width - 12, 40, state, GREEN)
 
     for x, title, when in (
-        (16, "block", "small H"), (252, "cluster", "medium H"), (488, "step", "any size"),
-    ):  # fmt: skip
+        (16, "block", "small H"),
+        (252, "cluster", "medium H"),
+        (488, "grid", "large H"),
+        (724, "step, gemm", "any size"),
+    ):
         drawing.text(x + 108, 24, title, 16)
         drawing.text(x + 108, 42, when, 12, GREY)
         part(x, 300, 216, 52, ["memory: the drive c_t is read,", "the states h_t are written"])
@@ -130,20 +133,33 @@ def cuda_paths():
     drawing.line([(390, 298), (390, 260)], GREY, 1.2, arrow=True)
 
     for i in range(2):
-        block(492 + 108 * i, 92, 100, ["sums of", "one tile"], ["pieces of", "W_{hh} and h_{t-1}"])
+        block(492 + 108 * i, 92, 100, [f"W_{{hh}}, part {i + 1}"], ["slice of h_t;", "sums of all"])
         x = 542 + 108 * i
-        drawing.line([(x, 232), (x, 194)], RED, arrow=True)
-    part(488, 234, 216, 40, ["second-level cache: W_{hh}, h_{t-1}"])
-    drawing.text(596, 76, "every step: a kernel of its own", 11, RED)
+        drawing.line([(x - 10, 194), (x - 10, 232)], RED, arrow=True)
+        drawing.line([(x + 10, 232), (x + 10, 194)], RED, arrow=True)
+    drawing.line([(542, 90), (542, 82), (650, 82), (650, 90)], RED, arrow=True)
+    drawing.line([(650, 82), (542, 82), (542, 90)], RED, arrow=True)
+    drawing.text(596, 60, "every step: sums within a cluster,", 11, RED)
+    drawing.text(596, 74, "then states to all blocks", 11, RED)
+    part(488, 234, 216, 40, ["second-level cache: h_t"])
     drawing.line([(556, 274), (556, 298)], GREY, 1.2, arrow=True)
     drawing.line([(636, 298), (636, 276)], GREY, 1.2, arrow=True)
+
+    for i in range(2):
+        block(728 + 108 * i, 92, 100, ["sums of", "one tile"], ["pieces of", "W_{hh} and h_{t-1}"])
+        x = 778 + 108 * i
+        drawing.line([(x, 232), (x, 194)], RED, arrow=True)
+    part(724, 234, 216, 40, ["second-level cache: W_{hh}, h_{t-1}"])
+    drawing.text(832, 74, "every step: kernels of its own", 11, RED)
+    drawing.line([(792, 274), (792, 298)], GREY, 1.2, arrow=True)
+    drawing.line([(872, 298), (872, 276)], GREY, 1.2, arrow=True)
 
     drawing.box(16, 366, 14, 14, "white", BLUE, 3)
     drawing.text(36, 378, "registers of a block", 12, BLUE, "start")
     drawing.box(262, 366, 14, 14, "white", GREEN, 3)
     drawing.text(282, 378, "shared memory of a block", 12, GREEN, "start")
-    drawing.line([(462, 373), (486, 373)], RED, arrow=True)
-    drawing.text(494, 378, "what the next step waits for", 12, RED, "start")
+    drawing.line([(512, 373), (536, 373)], RED, arrow=True)
+    drawing.text(544, 378, "what the next step waits for", 12, RED, "start")
     return drawing
 
 

@@ -20,7 +20,10 @@ DeviceFacts make_facts() {
   const std::string_view capability = environment("TORCH_BPTT_ON_HOST_CAPABILITY");
   if (capability == "75") return {75, 40, 65536, 0};
   if (capability == "80") return {80, 108, 166912, 0};
-  return {90, 132, 232448, 16};
+  DeviceFacts facts{90, 132, 232448, 16};
+  // So many that the fibers of all blocks of a grid can run at a time.
+  for (int i = 0; i < 4; ++i) facts.resident_clusters[i] = 40 >> i;
+  return facts;
 }
 
 }  // namespace
@@ -33,5 +36,8 @@ const DeviceFacts& facts_of(c10::Device) {
 }
 
 bool tf32_allowed(const at::Tensor&) { return environment("TORCH_BPTT_ON_HOST_TF32") == "1"; }
+
+// The CPU's products never round to tf32.
+bool library_rounds_alike(at::ScalarType type, bool tf32) { return type != at::kFloat || !tf32; }
 
 }  // namespace torch_bptt::cuda

@@ -14,7 +14,7 @@ using namespace torch_bptt::cuda;
 // As the ctypes.Structure there. Rows are dense and contiguous; what is null is absent.
 struct Call {
   int64_t pass, activation, tensor, reverse, truncate, gate_given;
-  int64_t T, B, H, grid, cluster, clusters, rows, tiles, begin, end, seed;
+  int64_t T, B, H, grid, cluster, clusters, rows, tiles, batch, begin, end, seed;
   double clip;
   const void *weight, *mask, *c, *noise, *bias, *g, *gate, *first, *restart, *g_n;
   const float* alpha;
@@ -68,11 +68,12 @@ const char* run(const Call& call) {
   plan.rows = int(call.rows);
   plan.tile = int(call.tiles);
   plan.blocks = call.cluster * call.clusters;
+  plan.batch = call.batch ? call.batch : call.B;
   const Steps steps{call.begin, call.end < 0 ? loop.steps() : call.end};
   host::set_schedule_seed(uint64_t(call.seed));
   try {
     if (!call.grid) return run_cluster_path(loop, steps, plan, nullptr);
-    const GridLayout layout(call.H, call.B, sizeof(S), int(call.cluster), call.clusters,
+    const GridLayout layout(call.H, plan.batch, sizeof(S), int(call.cluster), call.clusters,
                             int(call.rows), int(call.tiles));
     if (!layout.fits(227 * 1024)) return "these tiles do not fit";
     // What nobody writes is NaN.
