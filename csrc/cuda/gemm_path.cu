@@ -54,14 +54,12 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
   const Step<S, Known{.aligned = ALIGNED}> step(loop, i);
   const bool arrives = step.origin(own.b) != Origin::nothing;
   Inputs<S, N> in[own.kCount];
-  Constants<S, N> constants[own.kCount];
   Elements<C, N> product[own.kCount]{}, leaking[own.kCount]{};
   TORCH_BPTT_UNROLL
   for (int k = 0; k < own.kCount; ++k) {
     const int64_t j = own.column(k);
     if (j >= loop.H) continue;
     in[k] = step.template inputs<N>(own.b, j, N, step.sources(own.b, j));
-    constants[k] = step.template constants<N>(own.b, j, N);
     if (!arrives) continue;
     product[k] = step.template load<N>(products + own.b * loop.H + j, N);
     leaking[k] = step.template leaking<N>(own.b, j, N);
@@ -70,9 +68,9 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
   for (int k = 0; k < own.kCount; ++k) {
     const int64_t j = own.column(k);
     if (j >= loop.H) continue;
-    const auto finished =
-        step.template finish<N>(own.b, j, N, product[k], leaking[k],
-                                step.terms(in[k], constants[k]), constants[k]);
+    const auto constants = step.template constants<N>(own.b, j, N);
+    const auto finished = step.template finish<N>(own.b, j, N, product[k], leaking[k],
+                                                  step.terms(in[k], constants), constants);
     step.write(own.b, j, N, finished, step.targets(own.b, j));
     step.hand_over(own.b, j, N, finished);
   }

@@ -21,8 +21,6 @@ __global__ void __launch_bounds__(512)
 
 constexpr Known kForward{int(Pass::forward)};
 
-constexpr Known kForward{int(Pass::forward)};
-
 // m p_t of all rows. A block takes one step after another.
 template <class S>
 __global__ void __launch_bounds__(256)
