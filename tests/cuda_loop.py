@@ -109,9 +109,10 @@ EXACT = {"c", "alpha", "d_exact", "restart_sum", "carried"}  # in the type that 
 
 
 def run(
-    loops, pass_, arrays, *, dtype="float32", wanted=("state",), state=None, B, T, H, **options
+    loops, pass_, arrays, *, dtype="float32", wanted=("state",), kept=None, B, T, H, **options
 ):
-    """{name: what the loop wrote}. `arrays` are numbers; NaN is what nobody has written."""
+    """{name: what the loop wrote}. `arrays` are numbers; NaN is what nobody has written. `kept` are
+    arrays as the loop stores them, which it goes on with."""
     shapes = {"h_n": (B, H), "d0": (B, H), "restart_sum": (B, H), "carried": (B, H)}
     held = {}
     for name, values in arrays.items():
@@ -123,8 +124,7 @@ def run(
         start = 0 if name == "restart_sum" else np.nan
         values = np.full(shapes.get(name, (T, B, H)), start)
         held[name] = np.ascontiguousarray(narrow(values, "float32" if name in EXACT else dtype))
-    if state is not None:
-        held["state"] = state
+    held.update(kept or {})
     call = Call(pass_=pass_, B=B, T=T, H=H, clip=options.pop("clip", -1))
     settings = {"activation": IDENTITY, "end": -1, **options}
     for name, value in settings.items():

@@ -318,12 +318,29 @@ def test_a_loop_in_two_launches(loops, tiles):
     sizes = {"T": T, "B": B, "H": H, "activation": RELU}
     expected = forward(arrays, **sizes)
     state = np.full((T, B, H), np.nan, np.float32)
-    common = {**sizes, **tiles, "wanted": ("f", "h_n"), "state": state}
+    common = {**sizes, **tiles, "wanted": ("f", "h_n"), "kept": {"state": state}}
     run(loops, FORWARD, arrays, **common, end=2)
     assert np.array_equal(state[:2], expected["state"][:2])
     assert np.isnan(state[2:]).all()
     run(loops, FORWARD, arrays, **common, begin=2)
     assert np.array_equal(state, expected["state"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_adjoint_in_three_launches(loops, tiles, reverse):
+    """With a leak, d of the step before goes over from one to the next."""
+    arrays = chosen(numbers(13), "weight", "g", "g_n", "gate", "alpha", "mask", "keep")
+    sizes = {"T": T, "B": B, "H": H, "activation": RELU, "reverse": reverse}
+    expected = adjoint(arrays, **sizes)
+    kept = {
+        "state": np.full((T, B, H), np.nan, np.float32),
+        "carried": np.full((B, H), np.nan, np.float32),
+    }
+    common = {**sizes, **tiles, "kept": kept, "wanted": ("d0",)}
+    run(loops, ADJOINT, arrays, **common, end=1)
+    run(loops, ADJOINT, arrays, **common, begin=1, end=T)
+    last = run(loops, ADJOINT, arrays, **common, begin=T)
+    assert_equal({"state": kept["state"], "d0": last["d0"]}, expected)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("float32", 24), ("tf32", 11)])

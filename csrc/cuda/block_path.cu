@@ -203,15 +203,15 @@ TORCH_BPTT_DEVICE void put(unsigned char* place, int row, int j, int count,
   __builtin_memcpy(__builtin_assume_aligned(to, kAligned), &values, sizeof(values));
 }
 
-template <class S, class Product, Known KNOWN>
+template <class S, class Product, class KNOWN>
 __global__ void __launch_bounds__(Product::kThreads, 1)
     block_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Pace pace,
                  const __grid_constant__ Steps steps) {
   using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
   // Whether there are registers for pointers that go along with the steps, and for what no step
-  // changes; else both are found anew.
-  constexpr bool kFollows = KNOWN.dense && Product::kReadsAhead, kKeeps = Product::kReadsAhead;
+  // changes or the next one needs; else all of it is found anew.
+  constexpr bool kFollows = KNOWN::kDense && Product::kReadsAhead, kKeeps = Product::kReadsAhead;
   constexpr int kGroups = Product::kGroups,
                 kPlaceBytes = Product::kRows * kRowBytes<S, Product::kWidth>;
   unsigned char* const places = shared_memory();
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const auto row_of = [&](int group) { return row0 + product.row(group); };
   const auto count_of = [&](int group) {
     const int left = int(loop.H) - product.unit(group);
-    return KNOWN.aligned || left > kUnits ? kUnits : left;
+    return KNOWN::kAligned || left > kUnits ? kUnits : left;
   };
   const auto is_mine = [&](int group) {
     return product.unit(group) < loop.H && product.finishes(group) &&
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       if (kKeeps) constants[group] = first.template constants<kUnits>(b, j, count);
       if (!first.has(b)) continue;
       sources[group] = first.sources(b, j), targets[group] = first.targets(b, j);
-      leaking[group] = first.template leaking<kUnits>(b, j, count);
+      if (kKeeps) leaking[group] = first.template leaking<kUnits>(b, j, count);
       inputs[group] = first.template inputs<kUnits>(b, j, count, sources[group]);
       put<Product>(places, product.row(group), j, count,
                    first.template entering<kUnits>(b, j, count));
@@ -290,8 +290,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
       const bool exists = is_mine(group) && step.has(b);
-      if (!kKeeps && is_mine(group))
+      if (!kKeeps && is_mine(group)) {
         constants[group] = step.template constants<kUnits>(b, j, count);
+        if (step.has(b)) leaking[group] = step.template leaking<kUnits>(b, j, count);
+      }
       if (!Product::kReadsAhead) terms[group] = step.terms(inputs[group], constants[group]);
       Finished<S, kUnits> finished;
       if (exists)
@@ -299,14 +301,14 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
                                                 terms[group], constants[group]);
       if (is_mine(group) && !last && next.has(b)) {
         const auto state = next.template arriving<kUnits>(origin[group], b, j, count, finished);
-        leaking[group] = next.leaking(finished, state);
+        if (kKeeps) leaking[group] = next.leaking(finished, state);
         put<Product>(there, product.row(group), j, count, next.entering(state, constants[group]));
       }
       // Other threads wait for what enters: what only memory gets comes after it.
       if (exists) {
         if (!kFollows) targets[group] = step.targets(b, j);
         step.write(b, j, count, finished, targets[group]);
-        if (last) step.hand_over(b, j, count, finished);
+        if (last || !kKeeps) step.hand_over(b, j, count, finished);
       }
       if (kFollows) targets[group] = targets[group].after(1, pace);
       if (Product::kReadsAhead) inputs[group] = ahead[group];
@@ -323,8 +325,8 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
   how.threads = Product::kThreads;
   how.shared_bytes = 2 * Product::kRows * kRowBytes<S, Product::kWidth>;
   how.stream = stream;
-  return run_knowing(loop, kUnits, [&]<Known KNOWN>() -> Error {
-    const auto kernel = block_kernel<S, Product, KNOWN>;
+  return run_knowing(loop, kUnits, [&](auto known) -> Error {
+    const auto kernel = block_kernel<S, Product, decltype(known)>;
     if (Error error = prepare(kernel, how)) return error;
     return run_in_parts(
         steps, [&](Steps part) { return launch(kernel, how, loop, pace_of(loop), part); });

@@ -66,7 +66,7 @@ struct Letter {
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-template <class S, class Product, Known KNOWN>
+template <class S, class Product, class KNOWN>
 __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     cluster_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Pace pace,
                    const __grid_constant__ Steps steps,
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
   using Step = cuda::Step<S, KNOWN>;
   // Whether there are registers for pointers that go along with the steps, and for what no step
   // changes; else both are found anew.
-  constexpr bool kFollows = KNOWN.dense && Product::kReadAhead, kKeeps = Product::kReadAhead;
+  constexpr bool kFollows = KNOWN::kDense && Product::kReadAhead, kKeeps = Product::kReadAhead;
   constexpr int kRegisterChunks = ClusterLayout::kRegisterChunks,
                 kUnrolled = ClusterLayout::kUnrolled;
   unsigned char* const memory = shared_memory();
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
 #else
 
-template <class S, class Product, Known KNOWN>
+template <class S, class Product, class KNOWN>
 __global__ void cluster_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Pace,
                                const __grid_constant__ Steps,
                                const __grid_constant__ ClusterLayout) {
@@ -287,8 +287,8 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   how.cluster = plan.cluster;
   how.shared_bytes = layout.shared_bytes;
   how.stream = stream;
-  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
-    const auto kernel = cluster_kernel<S, Product, KNOWN>;
+  return run_knowing(loop, kQuad, [&](auto known) -> Error {
+    const auto kernel = cluster_kernel<S, Product, decltype(known)>;
     if (Error error = prepare(kernel, how)) return error;
     return run_in_parts(steps, [&](Steps part) {
       return launch(kernel, how, loop, pace_of(loop), part, layout);
@@ -306,7 +306,7 @@ Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void*
 }
 
 int largest_cluster(int64_t shared_bytes) {
-  const auto kernel = cluster_kernel<float, PlainProduct, Known{int(Pass::forward), true, true}>;
+  const auto kernel = cluster_kernel<float, PlainProduct, Known<int(Pass::forward), true, true>>;
   for (int cluster = 16; cluster > 1; cluster /= 2) {
     Launch how;
     how.grid.x = how.cluster = unsigned(cluster);

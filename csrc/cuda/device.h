@@ -146,6 +146,9 @@ inline Error clear(void* data, size_t bytes, void* stream) {
   return error_of(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
+// A kernel that takes minutes would keep others waiting: the steps of a loop that one runs at most.
+constexpr int64_t kMostSteps = 4096;
+
 // ---- who am I -----------------------------------------------------------------------------------
 
 TORCH_BPTT_DEVICE unsigned thread_index() { return threadIdx.x; }

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
                   S* to) {
   const Own<S, ALIGNED> own(tile);
   if (own.b >= rows) return;
-  const Step<S, Known{.aligned = ALIGNED}> step(loop, i);
+  const Step<S, Known<kAnyPass, false, ALIGNED>> step(loop, i);
   TORCH_BPTT_UNROLL
   for (int k = 0; k < own.kCount; ++k) {
     const int64_t j = own.column(k);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(FinishTile::kThreads)
   const Own<S, ALIGNED> own(tile);
   if (own.b >= rows) return;
   constexpr int N = own.N;
-  const Step<S, Known{.aligned = ALIGNED}> step(loop, i);
+  const Step<S, Known<kAnyPass, false, ALIGNED>> step(loop, i);
   const bool arrives = step.origin(own.b) != Origin::nothing;
   Inputs<S, N> in[own.kCount];
   Elements<C, N> product[own.kCount]{}, leaking[own.kCount]{};

@@ -190,7 +190,7 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-template <class S, class Product, int TILES, Known KNOWN>
+template <class S, class Product, int TILES, class KNOWN>
 __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                 const __grid_constant__ GridLayout layout,
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
 #else
 
-template <class S, class Product, int TILES, Known KNOWN>
+template <class S, class Product, int TILES, class KNOWN>
 __global__ void grid_kernel(const __grid_constant__ Loop<S>, const __grid_constant__ Steps,
                             const __grid_constant__ GridLayout, const __grid_constant__ Workspace,
                             int64_t) {
@@ -425,8 +425,7 @@ Launch launch_of(const GridLayout& layout, void* stream) {
 
 template <class S, class Product, int TILES>
 Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void* stream) {
-  const auto run_rows = [&]<Known KNOWN>(int64_t first_row, int64_t rows) -> Error {
-    const auto kernel = grid_kernel<S, Product, TILES, KNOWN>;
+  const auto run_rows = [&](auto kernel, int64_t first_row, int64_t rows) -> Error {
     const GridLayout layout(loop.H, rows, sizeof(S), plan.cluster, plan.blocks / plan.cluster,
                             plan.rows, plan.tile);
     const Launch how = launch_of(layout, stream);
@@ -437,11 +436,12 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void
       return launch(kernel, how, loop, part, layout, workspace, first_row);
     });
   };
-  return run_knowing(loop, kQuad, [&]<Known KNOWN>() -> Error {
+  return run_knowing(loop, kQuad, [&](auto known) -> Error {
+    const auto kernel = grid_kernel<S, Product, TILES, decltype(known)>;
     const int64_t B = loop.schedule.B;
     for (int64_t row = 0; row < B; row += plan.batch) {
       const int64_t rows = plan.batch < B - row ? plan.batch : B - row;
-      if (Error error = run_rows.template operator()<KNOWN>(row, rows)) return error;
+      if (Error error = run_rows(kernel, row, rows)) return error;
     }
     return nullptr;
   });
@@ -470,7 +470,7 @@ int whole_grid_clusters(int cluster, int64_t shared_bytes) {
   how.whole_grid = true;
   int clusters = 0;
   const auto kernel =
-      grid_kernel<float, TensorProduct<float, 2>, 1, Known{int(Pass::forward), true, true}>;
+      grid_kernel<float, TensorProduct<float, 2>, 1, Known<int(Pass::forward), true, true>>;
   const Error error = active_clusters(kernel, how, &clusters);
   return error ? 0 : clusters;
 }

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(512)
   if (int(thread_index()) < count) to[thread_index()] = from.number[thread_index()];
 }
 
-constexpr Known kForward{int(Pass::forward)};
+using KnownForward = Known<int(Pass::forward)>;
 
 // m p_t of all rows. A block takes one step after another.
 template <class S>
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(256)
     entering_rows_kernel(const __grid_constant__ Loop<S> loop, S* to) {
   const Schedule& s = loop.schedule;
   for (int64_t i = block_index().x; i < s.T; i += grid_blocks().x) {
-    const Step<S, kForward> step(loop, i);
+    const Step<S, KnownForward> step(loop, i);
     const int64_t t = s.step(i), elements = s.rows_at(t) * loop.H;
     for (int64_t e = thread_index(); e < elements; e += block_threads()) {
       const int64_t b = e / loop.H, j = e % loop.H;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(256, 2)
   const int64_t end = begin + steps < s.T ? begin + steps : s.T;
   C sum = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const Step<S, kForward> step(loop, i);
+    const Step<S, KnownForward> step(loop, i);
     const int64_t t = s.step(i), rows = s.rows_at(t);
     for (int64_t b = share * parts + part; j < loop.H && b < rows; b += 8 * parts) {
       const S* row = step.arriving(b);

@@ -107,20 +107,21 @@ struct Finished {
 
 // ---- steps --------------------------------------------------------------------------------------
 
-// What a kernel knows of its loop when it is compiled; for the rest it asks at every step.
+// What a kernel knows of its loop when it is compiled; for the rest it asks at every step. DENSE: no
+// packed rows. ALIGNED: wherever N elements of a row are asked for, all of them exist, and one access
+// takes them, or several of 16 bytes: lies_well().
+constexpr int kAnyPass = -1;
+template <int PASS = kAnyPass, bool DENSE = false, bool ALIGNED = false>
 struct Known {
-  static constexpr int kAnyPass = -1;
-  int pass = kAnyPass;
-  bool dense = false;    // no packed rows
-  bool aligned = false;  // wherever N elements of a row are asked for, all of them exist, and one
-                         // access takes them, or several of 16 bytes: lies_well()
+  static constexpr int kPass = PASS;
+  static constexpr bool kDense = DENSE, kAligned = ALIGNED;
 };
 
 // The state that arrives at a row.
 enum class Origin : int { nothing, state, first, restart };
 
 // Step i in the order of the loop.
-template <class S, Known KNOWN = Known{}>
+template <class S, class KNOWN = Known<>>
 class Step {
  public:
   using C = Compute<S>;
@@ -133,7 +134,7 @@ class Step {
         of(s, pass, pass == Pass::adjoint && loop.before_first(), i) {}
 
   // Whether row b, one of the batch, has something to do.
-  TORCH_BPTT_DEVICE bool has(int64_t b) const { return KNOWN.dense || b < rows(); }
+  TORCH_BPTT_DEVICE bool has(int64_t b) const { return KNOWN::kDense || b < rows(); }
   // Rows [0, rows()) have.
   TORCH_BPTT_DEVICE int64_t rows() const { return of.rows(); }
 
@@ -494,27 +495,27 @@ class Step {
   TORCH_BPTT_DEVICE bool down() const { return s.reverse != (pass == Pass::adjoint); }
   // What `of` says of row b. Dense rows are all alike.
   TORCH_BPTT_DEVICE bool exists(int64_t b) const {
-    return KNOWN.dense ? pass != Pass::adjoint || i < s.T : b < of.existing;
+    return KNOWN::kDense ? pass != Pass::adjoint || i < s.T : b < of.existing;
   }
   TORCH_BPTT_DEVICE bool receives(int64_t b) const {
-    return KNOWN.dense ? i > 0 && exists(b) : b < of.received;
+    return KNOWN::kDense ? i > 0 && exists(b) : b < of.received;
   }
   TORCH_BPTT_DEVICE bool hands_on(int64_t b) const {
-    return KNOWN.dense ? i + 1 < s.T : b < of.handed_on;
+    return KNOWN::kDense ? i + 1 < s.T : b < of.handed_on;
   }
 
   // What is known replaces what the loop says, which lets the compiler drop the rest.
   static TORCH_BPTT_DEVICE Pass pass_of(const Loop<S>& loop) {
-    return KNOWN.pass == Known::kAnyPass ? loop.pass : Pass(KNOWN.pass);
+    return KNOWN::kPass == kAnyPass ? loop.pass : Pass(KNOWN::kPass);
   }
   static TORCH_BPTT_DEVICE Schedule schedule_of(const Loop<S>& loop) {
     Schedule schedule = loop.schedule;
-    if (KNOWN.dense) schedule.offsets = schedule.lengths = nullptr;
+    if (KNOWN::kDense) schedule.offsets = schedule.lengths = nullptr;
     return schedule;
   }
   // Bytes that one access takes of N elements; 0: it takes one element.
   template <class V, int N>
-  static constexpr int kTogether = !KNOWN.aligned || N == 1        ? 0
+  static constexpr int kTogether = !KNOWN::kAligned || N == 1        ? 0
                                    : N * int(sizeof(V)) < 16      ? N * int(sizeof(V))
                                                                   : 16;
   template <class V, int N, class Body>
@@ -565,35 +566,32 @@ Pace pace_of(const Loop<S>& l) {
           bytes(l.d_exact)};
 }
 
-// Has `run` start a kernel for some of the steps at a time: one that takes minutes would keep others
-// waiting.
+// Has `run` start a kernel for as many steps at a time as one may run.
 template <class Run>
 Error run_in_parts(Steps steps, Run run) {
-  constexpr int64_t kMost = 4096;
   for (Steps part = steps; part.begin < steps.end; part.begin = part.end) {
-    part.end = part.begin + kMost < steps.end ? part.begin + kMost : steps.end;
+    part.end = part.begin + kMostSteps < steps.end ? part.begin + kMostSteps : steps.end;
     if (Error error = run(part)) return error;
   }
   return nullptr;
 }
 
-// Has `run` start the kernel that knows most of such a loop: run.template operator()<Known>().
-// Threads of that kernel take `elements` at a time. Dense rows that lie well have kernels of their
-// own for each pass, since there every instruction of a step counts; so has each pass in general.
+// Has `run` start the kernel that knows most of such a loop, of those for each pass: run(Known<>{}).
+// Dense rows that lie well have kernels of their own. Threads take `elements` at a time.
 template <class S, class Run>
 Error run_knowing(const Loop<S>& loop, int elements, Run run) {
   const bool simple = !loop.schedule.offsets && lies_well(loop, elements);
-  const auto run_pass = [&]<int PASS>() {
-    return simple ? run.template operator()<Known{PASS, true, true}>()
-                  : run.template operator()<Known{PASS, false, false}>();
+  const auto run_pass = [&](auto any_rows, auto simple_rows) {
+    return simple ? run(simple_rows) : run(any_rows);
   };
   switch (loop.pass) {
-    case Pass::forward:
-      return run_pass.template operator()<int(Pass::forward)>();
-    case Pass::adjoint:
-      return run_pass.template operator()<int(Pass::adjoint)>();
-    case Pass::tangent:
-      return run_pass.template operator()<int(Pass::tangent)>();
+#define TORCH_BPTT_ENTRY(name) \
+  case Pass::name:             \
+    return run_pass(Known<int(Pass::name)>{}, Known<int(Pass::name), true, true>{});
+    TORCH_BPTT_ENTRY(forward)
+    TORCH_BPTT_ENTRY(adjoint)
+    TORCH_BPTT_ENTRY(tangent)
+#undef TORCH_BPTT_ENTRY
   }
   return "no such pass";
 }

@@ -81,6 +81,8 @@ inline Error clear(void* data, size_t bytes, void*) {
   return nullptr;
 }
 
+constexpr int64_t kMostSteps = 16;  // few, so that tests come upon what one launch hands the next
+
 // ---- who am I -----------------------------------------------------------------------------------
 
 inline unsigned thread_index() { return host::place().thread; }
