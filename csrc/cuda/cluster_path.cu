@@ -171,15 +171,14 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
     if (thread == 0 && !last)
       arrive_expecting(&boxes[(s + 1) & 1], rows * blocks * layout.units * int(sizeof(S)));
+    const unsigned char* const entered = place(s) + part * chunks * ClusterLayout::kChunkBytes;
     if (s > 0) wait_for_mail(&boxes[s & 1], unsigned((s - 1) >> 1 & 1));
     // While the product waits for its factors.
-    Terms<S, kQuad> terms;
-    if (exists) terms = step.terms(inputs, constants);
+    const Terms<S, kQuad> terms = step.terms(inputs, constants);
     warp_sync();  // lanes may have waited differently long, and what follows is of whole warps
 
     for (int r = 0; r < rows; r += ClusterLayout::kTileRows) {
-      const unsigned char* const from =
-          place(s) + r * layout.row_bytes + part * chunks * ClusterLayout::kChunkBytes;
+      const unsigned char* const from = entered + r * layout.row_bytes;
       const auto read = [&](int chunk) {
         return Product::read(from + chunk * ClusterLayout::kChunkBytes, layout.row_bytes, lane);
       };
@@ -189,20 +188,21 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
       if constexpr (Product::kReadAhead) read_pieces(pieces, 0, read);
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kRegisterChunks; group += kUnrolled) {
-        const bool more = group + kUnrolled < kRegisterChunks && group + kUnrolled < chunks;
         if constexpr (Product::kReadAhead) {
-          Pieces ahead;  // not a part of `pieces`: where there are none, nothing is copied
-          if (more) read_pieces(ahead, group + kUnrolled, read);
+          // Behind the last chunk too, where there is shared memory as well: a condition would cost
+          // more, as pieces would be copied where it does not hold.
+          Pieces ahead;
+          if (group + kUnrolled < kRegisterChunks) read_pieces(ahead, group + kUnrolled, read);
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
             product.add(k / 2, weight[group + k], weight[group + k + 1], pieces[k / 2]);
-          if (more) copy_pieces(pieces, ahead);
+          if (group + kUnrolled < kRegisterChunks) copy_pieces(pieces, ahead);
         } else {
           TORCH_BPTT_UNROLL
           for (int k = 0; k < kUnrolled; k += 2)
             product.add(k / 2, weight[group + k], weight[group + k + 1], read(group + k));
         }
-        if (!more) break;
+        if (group + kUnrolled >= chunks) break;
       }
       TORCH_BPTT_UNROLL_LITTLE
       for (int group = kRegisterChunks; group < chunks; group += kUnrolled) {

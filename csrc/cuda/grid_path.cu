@@ -55,11 +55,11 @@ class Workspace {
       : flags(static_cast<uint32_t*>(memory)),
         states(static_cast<unsigned char*>(memory) + layout.flag_bytes) {}
 
-  TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
+  [[maybe_unused]] TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
     return flags + group * layout.blocks();
   }
   // Row `row` of what enters step s.
-  TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
+  [[maybe_unused]] TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
                                              int64_t row) const {
     return states + (s & 1) * layout.state_bytes + row * layout.state_row_bytes;
   }
@@ -369,8 +369,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       if (mine(group) && i + kPrefetched < steps.end && later.has(b))
         later.prefetch(b, later.sources(b, j));
       const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
-      Terms<S, kQuad> terms;
-      if (exists) terms = step.terms(inputs, constants);
+      const Terms<S, kQuad> terms = step.terms(inputs, constants);
       wait_for_mail(box(s, group), unsigned(s >> 1 & 1));
       Finished<S, kQuad> finished;
       if (exists) {

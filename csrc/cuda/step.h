@@ -181,17 +181,11 @@ class Step {
   }
   // Null: zeros.
   TORCH_BPTT_DEVICE const S* arriving(int64_t b, Origin origin) const {
-    switch (origin) {
-      case Origin::nothing:
-        return nullptr;
-      case Origin::state:  // of the step before (in the order of the loop)
-        return s.row(l.state, from(), b);
-      case Origin::first:
-        return l.first.data + b * l.first.row;
-      case Origin::restart:
-        return l.restart.data + b * l.restart.row;
-    }
-    return nullptr;
+    if (origin == Origin::nothing) return nullptr;
+    // Of the step before, in the order of the loop.
+    if (origin == Origin::state) return s.row(l.state, from(), b);
+    const Rows<const S>& given = origin == Origin::first ? l.first : l.restart;
+    return given.data + b * given.row;
   }
   TORCH_BPTT_DEVICE const S* arriving(int64_t b) const { return arriving(b, origin(b)); }
 
