@@ -26,12 +26,14 @@ from torch_bptt import RNN
 if torch.get_default_device().type != "cuda":
     pytest.skip("needs --device cuda", allow_module_level=True)
 
-# One size for each way in which the state can be kept: in a block, in a cluster of blocks, in
-# memory, with products of our own and with a library's; and options and sizes that no tile fits.
+# One size for each way in which the state can be kept: in a block, in a cluster of blocks, in all
+# blocks, in memory, with products of our own and with a library's; and options and sizes that no
+# tile fits.
 SIZES = {
     "small": Case(T=9, B=5, I=7, H=64),
     "middle": Case(T=9, B=17, I=31, H=384),
     "large": Case(T=5, B=7, I=5, H=1100),
+    "largest": Case(T=5, B=20, I=5, H=1700),
     "many rows": Case(T=3, B=600, I=5, H=1100),
     "odd": Case(T=9, B=17, I=3, H=257),
     "one row": Case(T=20, B=1, I=40, H=300),

@@ -56,6 +56,7 @@ def grid_of(cluster, clusters, rows, tiles):
 SIZES = [
     (5, 3, 40, clusters_of(2, 8)),
     (5, 20, 64, clusters_of(4, 16)),
+    (5, 7, 64, clusters_of(4, 3)),
     (3, 9, 131, clusters_of(8, 8)),
     (4, 2, 260, clusters_of(16, 8)),
     (1, 1, 1, clusters_of(2, 8)),

@@ -25,7 +25,8 @@ struct ClusterLayout : Tiles {
   int weights;                      // where those in shared memory begin
   int64_t shared_bytes;
 
-  // `size` of an element; `rows` is a multiple of 8.
+  // `size` of an element. Rows are multiplied eight at a time, whether or not there are so many;
+  // what travels is what there is.
   constexpr ClusterLayout(int64_t H, int size, int cluster, int rows)
       : cluster(cluster), rows(rows) {
     units = int(up((H + cluster - 1) / cluster, kTileUnits));
@@ -40,9 +41,10 @@ struct ClusterLayout : Tiles {
     // multiple of 128, so that eight rows lie in different banks.
     const int read = parts * chunks * kChunkBytes, written = cluster * units * size;
     row_bytes = int(up(read > written ? read : written, 128)) + 16;
-    place_bytes = rows * row_bytes;
+    const int multiplied = int(up(rows, kTileRows));
+    place_bytes = multiplied * row_bytes;
     sum_stride = units + 4;  // for the banks again
-    part_sums = rows * sum_stride;
+    part_sums = multiplied * sum_stride;
     sums = kPlaces + 2 * place_bytes;
     weights = int(up(sums + parts * part_sums * 4, 128));
     shared_bytes = weights + int64_t(tiles) * parts * shared_chunks * kWeightBytes;

@@ -19,7 +19,8 @@ constexpr double kCacheBytesPerNs = 20;  // the weight into one block, in pieces
 
 double estimated_step_ns(const DeviceFacts& device, const Task& task, Units units,
                          const ClusterLayout& layout) {
-  const double groups = double(layout.rows) / ClusterLayout::kTileRows,
+  const double groups =
+                   double((layout.rows + ClusterLayout::kTileRows - 1) / ClusterLayout::kTileRows),
                warps = layout.threads / 32.0;
   const double product =
       groups * layout.chunks * warps / 4 * (units == Units::tensor ? kTensorCycles : kPlainCycles);
@@ -53,7 +54,8 @@ bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
   const Units units = tensor ? Units::tensor : Units::plain;
   *plan = {};
   for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {
-    for (int rows = 8; rows <= 64 && rows < task.B + 8; rows += 8) {
+    // Few rows each, so that little travels in each cluster; no more than all clusters at a time.
+    for (int rows = 1; rows <= 64 && rows < task.B + 8; rows += rows < 8 ? 1 : 8) {
       const ClusterLayout layout(task.H, size_of(task.dtype), cluster, rows);
       if (!layout.fits(device.shared_bytes)) continue;
       const double step_ns = estimated_step_ns(device, task, units, layout);
