@@ -108,9 +108,7 @@ def wide(stored, dtype):
 EXACT = {"c", "alpha", "d_exact", "restart_sum", "carried"}  # in the type that is computed in
 
 
-def run(
-    loops, pass_, arrays, *, dtype="float32", wanted=("state",), kept=None, B, T, H, **options
-):
+def run(loops, pass_, arrays, *, dtype="float32", wanted=("state",), kept=None, B, T, H, **options):
     """{name: what the loop wrote}. `arrays` are numbers; NaN is what nobody has written. `kept` are
     arrays as the loop stores them, which it goes on with."""
     shapes = {"h_n": (B, H), "d0": (B, H), "restart_sum": (B, H), "carried": (B, H)}

@@ -32,8 +32,7 @@ class TensorBlock {
   using C = float;
   // More than eight warps would leave a thread too few registers.
   static constexpr int kTiles = WIDTH > 128 ? 2 : 1, kThreads = WIDTH / 16 / kTiles * kWarp,
-                       kRows = ROWS, kWidth = WIDTH, kOctets = ROWS / 8,
-                       kGroups = kTiles * kOctets;
+                       kRows = ROWS, kWidth = WIDTH, kOctets = ROWS / 8, kGroups = kTiles * kOctets;
   static constexpr bool kReadsAhead = WIDTH <= 128;  // else the weight takes the registers for it
 
   TORCH_BPTT_DEVICE explicit TensorBlock(const Loop<S>& loop) : lane(int(lane_index())) {
@@ -44,8 +43,8 @@ class TensorBlock {
       for (int tile = 0; tile < kTiles; ++tile) {
         TORCH_BPTT_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = Product::unit(lane, chunk, i),
-                    j = first_unit(tile) + row % 8 * 2 + row / 8;  // of rows r and r + 8: neighbours
+          const int row = Product::unit(lane, chunk, i);
+          const int64_t j = first_unit(tile) + row % 8 * 2 + row / 8;  // 8 rows apart: neighbours
           weight[chunk][tile][i] = read(loop, j, Product::k(lane, chunk, i), pairs);
         }
       }
@@ -196,8 +195,8 @@ constexpr int64_t kPrefetched = 4;  // steps that inputs are brought closer ahea
 template <class Product, class S>
 TORCH_BPTT_DEVICE void put(unsigned char* place, int row, int j, int count,
                            Elements<S, kUnits> values) {
-  for_elements<kUnits>(
-      kUnits, [&](int e) { values[e] = e < count ? Product::rounded(values[e]) : S{}; });
+  for_elements<kUnits>(kUnits,
+                       [&](int e) { values[e] = e < count ? Product::rounded(values[e]) : S{}; });
   constexpr int kAligned = sizeof(values) < 16 ? sizeof(values) : 16;
   unsigned char* const to = place + row * kRowBytes<S, Product::kWidth> + j * int(sizeof(S));
   __builtin_memcpy(__builtin_assume_aligned(to, kAligned), &values, sizeof(values));
@@ -266,9 +265,9 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
       if (!is_mine(group)) continue;
-      if (j % 32 == 0 && s + kPrefetched < many && later.has(b))  // one thread for a line of float32
-        later.prefetch(b, kFollows ? sources[group].after(kPrefetched, pace)
-                                   : later.sources(b, j));
+      // One thread for a line of float32.
+      if (j % 32 == 0 && s + kPrefetched < many && later.has(b))
+        later.prefetch(b, kFollows ? sources[group].after(kPrefetched, pace) : later.sources(b, j));
       if (!Product::kReadsAhead && s > 0 && step.has(b))
         inputs[group] = step.template inputs<kUnits>(b, j, count, step.sources(b, j));
       if (last || !next.has(b)) continue;
@@ -328,8 +327,8 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
   return run_knowing(loop, kUnits, [&](auto known) -> Error {
     const auto kernel = block_kernel<S, Product, decltype(known)>;
     if (Error error = prepare(kernel, how)) return error;
-    return run_in_parts(
-        steps, [&](Steps part) { return launch(kernel, how, loop, pace_of(loop), part); });
+    return run_in_parts(steps,
+                        [&](Steps part) { return launch(kernel, how, loop, pace_of(loop), part); });
   });
 }
 

@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
       for (int k = 0; sends && k < ClusterLayout::kMostBlocks; k += Letter<S>::kThreads) {
         const int block = k + lane % Letter<S>::kThreads;
         if (block >= blocks) break;
-        const unsigned peer = unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
+        const unsigned peer =
+            unsigned(rank + block < blocks ? rank + block : rank + block - blocks);
         send(in_block(peer, to), letter.text, in_block(peer, &boxes[(s + 1) & 1]));
       }
     }
@@ -290,9 +291,8 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   return run_knowing(loop, kQuad, [&](auto known) -> Error {
     const auto kernel = cluster_kernel<S, Product, decltype(known)>;
     if (Error error = prepare(kernel, how)) return error;
-    return run_in_parts(steps, [&](Steps part) {
-      return launch(kernel, how, loop, pace_of(loop), part, layout);
-    });
+    return run_in_parts(
+        steps, [&](Steps part) { return launch(kernel, how, loop, pace_of(loop), part, layout); });
   });
 }
 

@@ -89,8 +89,8 @@ Error run(Kernel aligned, Kernel any, const Loop<S>& loop, int64_t i, int64_t ro
   how.threads = tile.kThreads;
   how.stream = stream;
   constexpr int kElements = FinishTile::kBytes / sizeof(S);
-  const bool all_lies_well = lies_well(loop, kElements) &&
-                             reinterpret_cast<uintptr_t>(matrix) % FinishTile::kBytes == 0;
+  const bool all_lies_well =
+      lies_well(loop, kElements) && reinterpret_cast<uintptr_t>(matrix) % FinishTile::kBytes == 0;
   const Kernel kernel = all_lies_well ? aligned : any;
   return launch(kernel, how, loop, i, rows, tile, matrix);
 }

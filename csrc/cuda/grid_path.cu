@@ -55,14 +55,16 @@ class Workspace {
       : flags(static_cast<uint32_t*>(memory)),
         states(static_cast<unsigned char*>(memory) + layout.flag_bytes) {}
 
-  [[maybe_unused]] TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
+#if TORCH_BPTT_HAS_CLUSTERS
+  TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
     return flags + group * layout.blocks();
   }
   // Row `row` of what enters step s.
-  [[maybe_unused]] TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
+  TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
                                              int64_t row) const {
     return states + (s & 1) * layout.state_bytes + row * layout.state_row_bytes;
   }
+#endif
 
   uint32_t* flags;
 
@@ -160,7 +162,8 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
     for (int octet = 0; octet < OCTETS; ++octet) {
       TORCH_BPTT_UNROLL
       for (int tile = 0; tile < TILES; ++tile)
-        product[octet][tile].add(chunk / 2, weight[chunk][tile], weight[chunk + 1][tile], pieces[octet]);
+        product[octet][tile].add(chunk / 2, weight[chunk][tile], weight[chunk + 1][tile],
+                                 pieces[octet]);
     }
   }
   TORCH_BPTT_UNROLL_LITTLE
@@ -356,8 +359,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     for (int group = 0; group < layout.groups; ++group) {
       const int64_t b = first_row + row_of(group);
-      const bool exists = mine(group) && step.has(b),
-                 goes_on = mine(group) && !last && next.has(b);
+      const bool exists = mine(group) && step.has(b), goes_on = mine(group) && !last && next.has(b);
       Constants<S, kQuad> constants = of_units;
       Inputs<S, kQuad> inputs;
       Elements<C, kQuad> leaking{};

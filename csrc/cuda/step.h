@@ -40,7 +40,7 @@ TORCH_BPTT_DEVICE Elements<S, N> narrowed(const Elements<C, N>& values) {
 // once. What the loop has not got stays zero, and is not used.
 template <class S, int N>
 struct Constants {
-  Elements<Compute<S>, N> bias{};   // forward: the sum of both
+  Elements<Compute<S>, N> bias{};  // forward: the sum of both
   Elements<Compute<S>, N> alpha{};
   Elements<S, N> mask{};
 };
@@ -107,9 +107,11 @@ struct Finished {
 
 // ---- steps --------------------------------------------------------------------------------------
 
-// What a kernel knows of its loop when it is compiled; for the rest it asks at every step. DENSE: no
-// packed rows. ALIGNED: wherever N elements of a row are asked for, all of them exist, and one access
-// takes them, or several of 16 bytes: lies_well().
+// What a kernel knows of its loop when it is compiled; for the rest it asks at every step. DENSE:
+// no packed rows. ALIGNED: wherever N elements of a row are asked for, all of them exist, and one
+// access takes them, or several of 16 bytes: lies_well(). Asking, and finding each row anew, were
+// four in five of the instructions that path `cluster` ran before it waited. (A type, not a value
+// of a class: nvcc's host side fails to name kernels by those.)
 constexpr int kAnyPass = -1;
 template <int PASS = kAnyPass, bool DENSE = false, bool ALIGNED = false>
 struct Known {
@@ -330,8 +332,8 @@ class Step {
     made.linked = in.linked;
     made.restarts = in.restarts;
     if (pass == Pass::forward) {
-      for_elements<N>(
-          N, [&](int e) { made.added[e] = constants.bias[e] + widen(in.g[e]) + in.c[e]; });
+      for_elements<N>(N,
+                      [&](int e) { made.added[e] = constants.bias[e] + widen(in.g[e]) + in.c[e]; });
       return made;
     }
     made.added = widened(in.g);
@@ -418,8 +420,7 @@ class Step {
                                                   const Constants<S, N>& constants) const {
     Elements<C, N> q;
     for_elements<N>(N, [&](int e) { q[e] = terms.factor[e] * product[e]; });
-    if (l.alpha)
-      for_elements<N>(N, [&](int e) { q[e] += (1 - constants.alpha[e]) * leaking[e]; });
+    if (l.alpha) for_elements<N>(N, [&](int e) { q[e] += (1 - constants.alpha[e]) * leaking[e]; });
     for_elements<N>(N, [&](int e) { q[e] += terms.added[e]; });
     return {narrowed<S>(q), {}};
   }
@@ -431,8 +432,7 @@ class Step {
                                               const Constants<S, N>& constants) const {
     Elements<C, N> d = product;
     if (l.mask.data) for_elements<N>(N, [&](int e) { d[e] *= widen(constants.mask[e]); });
-    if (l.alpha)
-      for_elements<N>(N, [&](int e) { d[e] += (1 - constants.alpha[e]) * leaking[e]; });
+    if (l.alpha) for_elements<N>(N, [&](int e) { d[e] += (1 - constants.alpha[e]) * leaking[e]; });
     return d;
   }
 
@@ -477,9 +477,7 @@ class Step {
   }
 
   // Noise or g, either of which may be absent; f or d, the same.
-  TORCH_BPTT_DEVICE const Rows<const S>& g() const {
-    return pass == Pass::forward ? l.noise : l.g;
-  }
+  TORCH_BPTT_DEVICE const Rows<const S>& g() const { return pass == Pass::forward ? l.noise : l.g; }
   TORCH_BPTT_DEVICE const Rows<S>& rounded() const { return pass == Pass::forward ? l.f : l.d; }
 
   // This step, and the one whose state it goes on from.
@@ -509,9 +507,9 @@ class Step {
   }
   // Bytes that one access takes of N elements; 0: it takes one element.
   template <class V, int N>
-  static constexpr int kTogether = !KNOWN::kAligned || N == 1        ? 0
-                                   : N * int(sizeof(V)) < 16      ? N * int(sizeof(V))
-                                                                  : 16;
+  static constexpr int kTogether = !KNOWN::kAligned || N == 1 ? 0
+                                   : N * int(sizeof(V)) < 16  ? N * int(sizeof(V))
+                                                              : 16;
   template <class V, int N, class Body>
   static TORCH_BPTT_DEVICE void for_pieces(Body body) {
     TORCH_BPTT_UNROLL
@@ -539,8 +537,7 @@ bool lies_well(const Loop<S>& l, int elements) {
     return (at(rows.data, rows.step, rows.row) && ...);
   };
   const auto vectors_lie = [&](const auto*... data) { return (at(data) && ...); };
-  return l.H % elements == 0 &&
-         rows_lie(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
+  return l.H % elements == 0 && rows_lie(l.mask, l.noise, l.g, l.gate, l.first, l.restart, l.g_n) &&
          rows_lie(l.state, l.f, l.d, l.d_exact, l.d0) &&
          vectors_lie(l.alpha, l.c, l.bias[0], l.bias[1], l.h_n, l.restart_sum, l.carried);
 }
@@ -570,8 +567,9 @@ Error run_in_parts(Steps steps, Run run) {
   return nullptr;
 }
 
-// Has `run` start the kernel that knows most of such a loop, of those for each pass: run(Known<>{}).
-// Dense rows that lie well have kernels of their own. Threads take `elements` at a time.
+// Has `run` start the kernel that knows most of such a loop, of those for each pass:
+// run(Known<>{}). Dense rows that lie well have kernels of their own. Threads take `elements` at a
+// time.
 template <class S, class Run>
 Error run_knowing(const Loop<S>& loop, int elements, Run run) {
   const bool simple = !loop.schedule.offsets && lies_well(loop, elements);

@@ -302,9 +302,9 @@ __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
     for (int group = 0; group < kTile.groups; ++group)
       sum[0] += sums[(group * kTile.rows + row) * kTile.sum_stride() + unit];
     if (!kReadsAhead) read(e);
-    const auto finished = step.template finish<1>(b, j, 1, sum, step.template leaking<1>(b, j, 1),
-                                                  step.terms(inputs[e], constants[e]),
-                                                  constants[e]);
+    const auto finished =
+        step.template finish<1>(b, j, 1, sum, step.template leaking<1>(b, j, 1),
+                                step.terms(inputs[e], constants[e]), constants[e]);
     step.write(b, j, 1, finished, step.targets(b, j));
     step.hand_over(b, j, 1, finished);
   }
