@@ -9,7 +9,7 @@ namespace {
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
 constexpr double kClock = 1.7;         // cycles for each nanosecond
-constexpr double kFixedCycles = 540;   // reading, adding parts up, the activation, one exchange
+constexpr double kFixedCycles = 900;   // reading, adding parts up, the activation, one exchange
 constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
 constexpr double kPlainCycles = 40;    // the same without tensor cores
 constexpr double kSharedBytesPerCycle = 128;

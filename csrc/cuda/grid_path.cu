@@ -135,29 +135,22 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
         from + octet * GridLayout::kTileRows * row_bytes + chunk * GridLayout::kChunkBytes,
         row_bytes, lane);
   };
+  using Pieces = Piece[OCTETS];
+  const auto read_pieces = [&](Pieces& to, int chunk) {
+    TORCH_BPTT_UNROLL
+    for (int octet = 0; octet < OCTETS; ++octet) to[octet] = read(octet, chunk);
+  };
   Product product[OCTETS][TILES];
-  Piece ahead[OCTETS];
-  const auto read_ahead = [&](int chunk) {
-    if constexpr (Product::kReadAhead) {
-      TORCH_BPTT_UNROLL
-      for (int octet = 0; octet < OCTETS; ++octet)
-        if (chunk < chunks) ahead[octet] = read(octet, chunk);
-    }
-  };
-  const auto piece_of = [&](int octet, int chunk) {
-    if constexpr (Product::kReadAhead)
-      return ahead[octet];
-    else
-      return read(octet, chunk);
-  };
-  read_ahead(0);
+  Pieces pieces;
+  if constexpr (Product::kReadAhead) read_pieces(pieces, 0);
   TORCH_BPTT_UNROLL
   for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
     if (chunk >= chunks) break;
-    Piece pieces[OCTETS];
-    TORCH_BPTT_UNROLL
-    for (int octet = 0; octet < OCTETS; ++octet) pieces[octet] = piece_of(octet, chunk);
-    read_ahead(chunk + 2);
+    // Behind the last chunk too, where there is shared memory as well: a condition would cost more.
+    const bool reads_ahead = Product::kReadAhead && chunk + 2 < CHUNKS;
+    Pieces ahead;
+    if (reads_ahead) read_pieces(ahead, chunk + 2);
+    if constexpr (!Product::kReadAhead) read_pieces(pieces, chunk);
     TORCH_BPTT_UNROLL
     for (int octet = 0; octet < OCTETS; ++octet) {
       TORCH_BPTT_UNROLL
@@ -165,13 +158,11 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
         product[octet][tile].add(chunk / 2, weight[chunk][tile], weight[chunk + 1][tile],
                                  pieces[octet]);
     }
+    if (reads_ahead) copy_pieces(pieces, ahead);
   }
   TORCH_BPTT_UNROLL_LITTLE
   for (int chunk = CHUNKS; chunk < chunks; chunk += 2) {
-    Piece pieces[OCTETS];
-    TORCH_BPTT_UNROLL
-    for (int octet = 0; octet < OCTETS; ++octet) pieces[octet] = piece_of(octet, chunk);
-    read_ahead(chunk + 2);
+    read_pieces(pieces, chunk);
     TORCH_BPTT_UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
       const Words4 even = more_weight[((chunk - CHUNKS) * TILES + tile) * kWarp],

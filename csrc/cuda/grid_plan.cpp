@@ -10,7 +10,7 @@ namespace {
 // measurements on the device itself.
 constexpr double kClock = 1.7;  // cycles for each nanosecond
 constexpr double kHopNs = 950;  // until a block sees what another wrote, and has begun to read
-constexpr double kFixedCycles = 540;   // reading, adding parts up, the activation, one exchange
+constexpr double kFixedCycles = 650;   // reading, adding parts up, the activation, one exchange
 constexpr double kGroupCycles = 150;   // barriers of a group of rows
 constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
 constexpr double kPlainCycles = 40;    // the same without tensor cores

@@ -13,7 +13,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr double kCacheBytesPerNs = 45;  // that a multiprocessor reads from the level-2 cache
 constexpr double kLaunchNs = 2000;       // from one kernel of a stream to the next
 constexpr double kClock = 1.7;           // cycles for each nanosecond
-constexpr double kFixedCycles = 330;    // path block: reading, adding up, the activation, a barrier
+constexpr double kFixedCycles = 600;    // path block: reading, adding up, the activation, a barrier
 constexpr double kTensorCycles = 6.3;   // 16 units by 8 rows by 32 bytes on one of four schedulers
 constexpr double kPlainPerCycle = 100;  // multiply-adds of float32; of float64 half as many
 constexpr double kPlainTilePerCycle = 60;  // the same of path step; before 9.0 half as many
@@ -92,8 +92,8 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
   plan->threads = int(tensor ? width * 2 / (width > 128 ? 2 : 1) : width * 2);
   plan->shared_bytes = 2 * plan->rows * (width * size_of(task.dtype) + 16);
   const double work =
-      tensor ? double(width) / 16 * double(width * size_of(task.dtype)) / 32 * (plan->rows / 8) *
-                   2 / 4 * kTensorCycles
+      tensor ? double(width) / 16 * double(width * size_of(task.dtype)) / 32 * (plan->rows / 8) /
+                   4 * kTensorCycles
              : double(width * width) * plan->rows /
                    (task.dtype == Dtype::float64 ? kPlainPerCycle / 2 : kPlainPerCycle);
   const double begin = kLaunchNs + double(task.H * task.H * size_of(task.dtype)) / kCacheBytesPerNs;
