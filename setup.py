@@ -56,6 +56,7 @@ device_flags = [
     "-std=c++20",
     "-O3",
     "-lineinfo",
+    "--threads=4",  # one for each of ARCHITECTURES
     *(["--Werror=all-warnings"] if werror else []),
     *(
         []
