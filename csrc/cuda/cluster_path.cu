@@ -11,8 +11,7 @@
 //       block pass after they have read place (s - 1) % 2. So when the wait for s ends anywhere,
 //       all blocks have read what entered s - 1.
 //   (2) Letters for s + 1 go to place (s + 1) % 2 = (s - 1) % 2. They are sent after the wait for
-//   s:
-//       by (1) nobody reads that place any more.
+//       s: by (1) nobody reads that place any more.
 //   (3) The sums of step s are written after the wait for s. The block's own letters for s were
 //       sent by the threads that read the sums of s - 1, after they had read them.
 //   (4) Box s % 2 is told at step s - 1 what to expect, by one thread that has passed the wait for
@@ -27,7 +26,7 @@
 //       passed the barrier of this step, by (1).
 //
 // In (1) every block has letters to send for every row that its cluster has, whether or not the row
-// exists at that step. tests/test_cuda_cluster.py runs this in random orders, and breaks it.
+// exists at that step. tests/test_cuda_loops.py runs this in random orders, and breaks it.
 #include "cluster_layout.h"
 #include "device.h"
 #include "paths.h"

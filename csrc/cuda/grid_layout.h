@@ -10,10 +10,10 @@
 
 namespace torch_bptt::cuda {
 
-// Cluster q has `units` of the H units, from q units on. Block r of a cluster keeps of their rows
-// of the weight the columns [r, r + 1) slice_bytes: the sum is cut over the blocks of a cluster.
-// Each block adds up and finishes `own_units` of its cluster's units; in the order of the blocks of
-// the grid, so that block i finishes units [i, i + 1) own_units.
+// Cluster q has units [q, q + 1) `units`. Block r of a cluster keeps of their rows of the weight
+// the columns [r, r + 1) slice_bytes: the sum is cut over the blocks of a cluster. Each block adds
+// up and finishes `own_units` of its cluster's units; in the order of the blocks of the grid, so
+// that block i finishes units [i, i + 1) own_units.
 //
 // The warps of a block are cut by units, `across` of them with `tiles` tiles each, and by parts of
 // its slice. The batch goes in groups of rows, one group after the other.
@@ -24,8 +24,7 @@ struct GridLayout : Tiles {
   TORCH_BPTT_INLINE static constexpr int register_chunks(int tiles) {
     return kRegisterChunks / tiles / 2 * 2;
   }
-  static constexpr int kPlaces =
-      256;  // where they begin; before them, two mailboxes for each group
+  static constexpr int kPlaces = 256;  // where they begin; before, two mailboxes for each group
 
   int cluster, clusters, rows, groups, batch;
   int units, own_units;
@@ -86,8 +85,8 @@ struct GridLayout : Tiles {
 
   // Whether a block can do it, with so much shared memory.
   constexpr bool fits(int64_t available_bytes) const {
-    return threads <= kMaxThreads && groups <= kMaxGroups && rows * own_units <= kQuad * threads &&
-           shared_bytes <= available_bytes;
+    return threads <= kMaxThreads && groups <= kMaxGroups && units <= kQuad * threads &&
+           rows * own_units <= kQuad * threads && shared_bytes <= available_bytes;
   }
 };
 

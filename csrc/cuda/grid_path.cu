@@ -20,15 +20,12 @@
 //       hence have finished s - 1; by the same argument, applied to each of them, every block of
 //       the grid has read what entered s - 1.
 //   (2) What enters s + 1 is written to place (s + 1) % 2 = (s - 1) % 2 by blocks that have
-//   finished
-//       step s: by (1) nobody reads that place any more.
-//   (3) Letters for s + 1 are sent after their sender has read its slice of what entered s + 1,
-//   which
-//       some block wrote after it had finished s, hence by (1) after all blocks had finished s - 1,
-//       the receiver among them: it no longer reads letters (s - 1) % 2.
+//       finished step s: by (1) nobody reads that place any more.
+//   (3) Letters for s + 1 are sent after their sender has read its slice of what entered s + 1.
+//       Some block wrote that after it had finished s, hence by (1) after all blocks had finished
+//       s - 1, the receiver among them: it no longer reads letters (s - 1) % 2.
 //   (4) Box s % 2 is told what to expect at the beginning of step s, by a thread that has passed
-//   the
-//       wait for s - 2, the end of the box's phase before. Letters for s may come earlier: the
+//       the wait for s - 2, the end of the box's phase before. Letters for s may come earlier: the
 //       arrival that is missing keeps the phase open. They cannot come before the phase for s - 2
 //       has ended, by (3).
 //   (5) Nothing is sent for a step that is not run, and a block ends after it has received the
@@ -36,7 +33,7 @@
 //
 // For this all blocks have to run at the same time, which the launch demands, and every block has
 // something to send and to write for every row, whether or not the row exists at that step.
-// tests/test_cuda_grid.py runs this in random orders, and breaks it.
+// tests/test_cuda_loops.py runs this in random orders, and breaks it.
 #include "device.h"
 #include "grid_layout.h"
 #include "paths.h"
