@@ -123,6 +123,8 @@ def run(loops, pass_, arrays, *, dtype="float32", wanted=("state",), kept=None, 
         values = np.full(shapes.get(name, (T, B, H)), start)
         held[name] = np.ascontiguousarray(narrow(values, "float32" if name in EXACT else dtype))
     held.update(kept or {})
+    if options.pop("misaligned", False):  # one element off
+        held["weight"] = np.append(held["weight"][:1, :1], held["weight"])[1:]
     call = Call(pass_=pass_, B=B, T=T, H=H, clip=options.pop("clip", -1))
     settings = {"activation": IDENTITY, "end": -1, **options}
     for name, value in settings.items():

@@ -143,6 +143,21 @@ def test_tangent_of_integers_is_exact(loops, kind, T, B, H, tiles):
     assert np.array_equal(result["state"], expected["state"])
 
 
+@pytest.mark.parametrize("H", [40, 41])
+@pytest.mark.parametrize("tiles", [clusters_of(2, 8), grid_of(2, 2, 8, 1)], ids=name_of)
+def test_weights_that_lie_between_words(loops, tiles, H):
+    """As those of a view do that begins at an odd element."""
+    random = np.random.default_rng(4)
+    sizes = {"T": 3, "B": 5, "H": H}
+    arrays = {"weight": sparse(random, H), "c": integers(random, 3, 5, H)}
+    expected = forward(arrays, activation=RELU, **sizes)
+    result = run(
+        loops, FORWARD, arrays, dtype="bfloat16", tensor=1, activation=RELU, **sizes, **tiles,
+        misaligned=True, wanted=("state", "h_n"),
+    )  # fmt: skip
+    assert np.array_equal(result["state"], expected["state"])
+
+
 # ---- weights that do not fit in registers -------------------------------------------------------
 
 

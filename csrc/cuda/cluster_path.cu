@@ -92,26 +92,30 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
   // Weights of this warp's units and part of the sum: in registers, the rest in shared memory.
   uint32_t weight[kRegisterChunks][4];
-  TORCH_BPTT_UNROLL
-  for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
-    if (chunk % 8 == 0) keep_order();
-    TORCH_BPTT_UNROLL
-    for (int i = 0; i < 4; ++i)
-      weight[chunk][i] = chunk < chunks
-                             ? weight_register<S, Product>(loop, unit0 + tile * 16, int(loop.H),
-                                                           lane, part * chunks + chunk, i)
-                             : 0;
-  }
   Words4* const more_weight = reinterpret_cast<Words4*>(memory + layout.weights) +
                               warp * layout.shared_chunks * kWarp + lane;
-  for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
-    Words4 words;
+  const auto read_weights = [&](auto words) {
+    const auto read = [&](int chunk, int i) {
+      return weight_register<S, Product, words.value>(loop, unit0 + tile * 16, int(loop.H), lane,
+                                                      part * chunks + chunk, i);
+    };
     TORCH_BPTT_UNROLL
-    for (int i = 0; i < 4; ++i)
-      words.word[i] = weight_register<S, Product>(loop, unit0 + tile * 16, int(loop.H), lane,
-                                                  part * chunks + chunk, i);
-    more_weight[(chunk - kRegisterChunks) * kWarp] = words;
-  }
+    for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
+      if (chunk % 8 == 0) keep_order();
+      TORCH_BPTT_UNROLL
+      for (int i = 0; i < 4; ++i) weight[chunk][i] = chunk < chunks ? read(chunk, i) : 0;
+    }
+    for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
+      Words4 more;
+      TORCH_BPTT_UNROLL
+      for (int i = 0; i < 4; ++i) more.word[i] = read(chunk, i);
+      more_weight[(chunk - kRegisterChunks) * kWarp] = more;
+    }
+  };
+  if (reads_words<S, Product>(loop))
+    read_weights(std::true_type{});
+  else
+    read_weights(std::false_type{});
 
   // The quad that this thread finishes, and how many of its elements there are.
   const int row = thread * kQuad / layout.units, unit = thread * kQuad % layout.units;

@@ -145,7 +145,7 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
     if (chunk >= chunks) break;
     // Behind the last chunk too, where there is shared memory as well: a condition would cost more.
     const bool reads_ahead = Product::kReadAhead && chunk + 2 < CHUNKS;
-    Pieces ahead;
+    Pieces ahead{};
     if (reads_ahead) read_pieces(ahead, chunk + 2);
     if constexpr (!Product::kReadAhead) read_pieces(pieces, chunk);
     TORCH_BPTT_UNROLL
@@ -216,32 +216,37 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
   // Weights of this warp's tiles and part of the slice: in registers, the rest in shared memory.
   uint32_t weight[kRegisterChunks][TILES][4];
-  TORCH_BPTT_UNROLL
-  for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
-    TORCH_BPTT_UNROLL
-    for (int tile = 0; tile < TILES; ++tile) {
-      if ((chunk * TILES + tile) % 8 == 0) keep_order();
-      TORCH_BPTT_UNROLL
-      for (int i = 0; i < 4; ++i)
-        weight[chunk][tile][i] =
-            chunk < chunks ? weight_register<S, Product>(loop, unit0 + tile * 16, units_end, lane,
-                                                         chunk0 + chunk, i)
-                           : 0;
-    }
-  }
   Words4* const more_weight = reinterpret_cast<Words4*>(memory + layout.weights) +
                               warp * layout.shared_chunks * TILES * kWarp + lane;
-  for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
+  const auto read_weights = [&](auto words) {
+    const auto read = [&](int chunk, int tile, int i) {
+      return weight_register<S, Product, words.value>(loop, unit0 + tile * 16, units_end, lane,
+                                                      chunk0 + chunk, i);
+    };
     TORCH_BPTT_UNROLL
-    for (int tile = 0; tile < TILES; ++tile) {
-      Words4 words;
+    for (int chunk = 0; chunk < kRegisterChunks; ++chunk) {
       TORCH_BPTT_UNROLL
-      for (int i = 0; i < 4; ++i)
-        words.word[i] = weight_register<S, Product>(loop, unit0 + tile * 16, units_end, lane,
-                                                    chunk0 + chunk, i);
-      more_weight[((chunk - kRegisterChunks) * TILES + tile) * kWarp] = words;
+      for (int tile = 0; tile < TILES; ++tile) {
+        if ((chunk * TILES + tile) % 8 == 0) keep_order();
+        TORCH_BPTT_UNROLL
+        for (int i = 0; i < 4; ++i)
+          weight[chunk][tile][i] = chunk < chunks ? read(chunk, tile, i) : 0;
+      }
     }
-  }
+    for (int chunk = kRegisterChunks; chunk < chunks; ++chunk) {
+      TORCH_BPTT_UNROLL
+      for (int tile = 0; tile < TILES; ++tile) {
+        Words4 more;
+        TORCH_BPTT_UNROLL
+        for (int i = 0; i < 4; ++i) more.word[i] = read(chunk, tile, i);
+        more_weight[((chunk - kRegisterChunks) * TILES + tile) * kWarp] = more;
+      }
+    }
+  };
+  if (reads_words<S, Product>(loop))
+    read_weights(std::true_type{});
+  else
+    read_weights(std::false_type{});
 
   // The quad that this thread finishes of each group, and how many of its elements there are.
   const int own_row = thread * kQuad / layout.own_units,

@@ -137,21 +137,34 @@ class PlainProduct {
 
 // ---- weights ------------------------------------------------------------------------------------
 
-// Register i of a chunk for the 16 units from `unit0` on, zero from `end` on. int suffices: the
-// weight has to fit into the chip.
+// Whether weights can be read 4 bytes at a time.
 template <class S, class Product>
+TORCH_BPTT_DEVICE bool reads_words(const Loop<S>& loop) {
+  return Product::kElements == 1 ||
+         (loop.H % 2 == 0 && reinterpret_cast<uintptr_t>(loop.weight) % 4 == 0);
+}
+
+// Register i of a chunk for the 16 units from `unit0` on, zero from `end` on. WORDS is
+// reads_words(). No branches, so that many reads are under way at a time. int suffices: the weight
+// has to fit into the chip.
+template <class S, class Product, bool WORDS>
 TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int unit0, int end, int lane,
                                            int chunk, int i) {
   const int H = int(loop.H), unit = unit0 + Product::unit(lane, chunk, i),
             k = Product::k(lane, chunk, i);
-  if (unit >= end || k >= H) return 0;
-  const S* from = loop.weight + (unit * H + k);
+  const bool exists = unit < end && k < H;
+  const S* const from = loop.weight + (exists ? unit * H + k : 0);
+  uint32_t bits;
   if constexpr (Product::kElements == 1) {
-    return as_bits(Product::rounded(*from));
+    bits = as_bits(Product::rounded(*from));
+  } else if constexpr (WORDS) {
+    bits = load4(from);
   } else {
-    if (H % 2 == 0) return load4(from);
-    return from[0].bits | (k + 1 < H ? uint32_t(from[1].bits) << 16 : 0);
+    const bool second = exists && k + 1 < H;
+    const uint32_t upper = from[second].bits;
+    bits = from[0].bits | (second ? upper : 0) << 16;
   }
+  return exists ? bits : 0;
 }
 
 template <class Piece, int N, class Read>
