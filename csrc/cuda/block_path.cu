@@ -153,7 +153,8 @@ class PlainBlock {
       C sums[kUnits] = {};
       TORCH_BPTT_UNROLL
       for (int piece = 0; piece < kTerms / kVector; ++piece) {
-        const Words4 words = load16(place + r * kRowBytes<S, WIDTH> + (piece * kParts + part) * 16);
+        const Words4 words =
+            load_words<16>(place + r * kRowBytes<S, WIDTH> + (piece * kParts + part) * 16);
         S elements[kVector];
         __builtin_memcpy(elements, &words, sizeof(words));
         TORCH_BPTT_UNROLL
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
                 kPlaceBytes = Product::kRows * kRowBytes<S, Product::kWidth>;
   unsigned char* const places = shared_memory();
   for (int byte = int(thread_index()) * 16; byte < 2 * kPlaceBytes; byte += Product::kThreads * 16)
-    store16(places + byte, {});
+    store_words<16>(places + byte, {});
   Product product(loop);
 
   const int64_t row0 = int64_t(block_index().x) * Product::kRows;

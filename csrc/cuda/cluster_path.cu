@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
 
   // Zeros where no units and no rows are; then what enters the first step.
   for (int at = thread * 16; at < 2 * layout.place_bytes; at += int(block_threads()) * 16)
-    store16(place(0) + at, Words4{});
+    store_words<16>(place(0) + at, Words4{});
   if (thread == 0) {
     init_mailbox(&boxes[0], 1);
     init_mailbox(&boxes[1], 1);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(ClusterLayout::kMaxThreads, 1)
     if (exists) {
       Elements<C, kQuad> sum{};
       const float* const first = sums + row * layout.sum_stride + unit;
-      const auto read = [&](int p) { return load16(first + p * layout.part_sums); };
+      const auto read = [&](int p) { return load_words<16>(first + p * layout.part_sums); };
       const auto add = [&](const Words4& part) {
         for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(part.word[e]); });
       };

@@ -1,5 +1,6 @@
 // How large a cluster, and how many rows of the batch for each.
 #include "cluster_layout.h"
+#include "estimates.h"
 #include "plan.h"
 
 namespace torch_bptt::cuda {
@@ -8,14 +9,8 @@ namespace {
 
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
-constexpr double kClock = 1.7;         // cycles for each nanosecond
-constexpr double kFixedCycles = 900;   // reading, adding parts up, the activation, one exchange
-constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
-constexpr double kPlainCycles = 40;    // the same without tensor cores
-constexpr double kSharedBytesPerCycle = 128;
-constexpr double kExchangeBytesPerNs = 21;  // into one block from the others of its cluster
-constexpr double kLaunchNs = 5000;  // of the whole loop: the launch, the cluster's first meeting
-constexpr double kCacheBytesPerNs = 20;  // the weight into one block, in pieces of 4 bytes
+constexpr double kFixedCycles = 900;  // reading, adding parts up, the activation, one exchange
+constexpr double kBeginNs = 5000;     // of the whole loop: the launch, the cluster's first meeting
 
 double estimated_step_ns(const DeviceFacts& device, const Task& task, Units units,
                          const ClusterLayout& layout) {
@@ -31,8 +26,8 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, Units unit
   const int64_t clusters = ClusterLayout::up(task.B, layout.rows) / layout.rows,
                 resident = resident_clusters(device, layout.cluster),
                 waves = (clusters + resident - 1) / resident;
-  const double begin = kLaunchNs + double(waves) * layout.units * double(task.H) *
-                                       size_of(task.dtype) / kCacheBytesPerNs;
+  const double begin = kBeginNs + double(waves) * layout.units * double(task.H) *
+                                      size_of(task.dtype) / kWeightBytesPerNs;
   return double(waves) * ((kFixedCycles + product + weights) / kClock + letters) +
          begin / double(task.T > 0 ? task.T : 1);
 }
@@ -50,7 +45,7 @@ int64_t resident_clusters(const DeviceFacts& device, int cluster) {
 
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1) return false;
-  const bool tensor = task.dtype != Dtype::float32 || task.tf32;
+  const bool tensor = has_tensor_units(device, task);
   const Units units = tensor ? Units::tensor : Units::plain;
   *plan = {};
   for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {

@@ -251,7 +251,6 @@ TORCH_BPTT_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value);
 
 // ---- memory -------------------------------------------------------------------------------------
 
-TORCH_BPTT_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
 template <int BYTES>
 TORCH_BPTT_DEVICE Words<BYTES> load_words(const void* from) {
   return *static_cast<const Words<BYTES>*>(from);
@@ -260,8 +259,6 @@ template <int BYTES>
 TORCH_BPTT_DEVICE void store_words(void* to, const Words<BYTES>& value) {
   *static_cast<Words<BYTES>*>(to) = value;
 }
-TORCH_BPTT_DEVICE Words4 load16(const void* from) { return *static_cast<const Words4*>(from); }
-TORCH_BPTT_DEVICE void store16(void* to, const Words4& value) { *static_cast<Words4*>(to) = value; }
 
 // Copies BYTES (4, 8 or 16, aligned to that) from global to shared memory, of which the first
 // `valid` are read and the others become zero. It is done when wait_copies() says so. Before sm_80
@@ -536,6 +533,16 @@ TORCH_BPTT_DEVICE void send(Remote to, uint32_t value, Remote box) {
 #endif  // TORCH_BPTT_CUDA_ON_HOST
 
 namespace torch_bptt::cuda {
+
+// d += a b of a warp, by the type that a and b are stored in: float is rounded to tf32 already.
+template <class S>
+TORCH_BPTT_DEVICE void warp_multiply(float (&d)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  if constexpr (sizeof(S) == 4)
+    warp_mma_tf32(d, a, b);
+  else
+    warp_mma<S>(d, a, b);
+}
 
 // a / b for b in [1, 2]: without what a division does for all other numbers, a branch among it, in
 // float.

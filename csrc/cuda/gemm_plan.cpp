@@ -1,6 +1,7 @@
 // What a step takes whose product is a library's.
 #include <algorithm>
 
+#include "estimates.h"
 #include "plan.h"
 
 namespace torch_bptt::cuda {
@@ -9,16 +10,13 @@ namespace {
 
 // Estimates from published figures of an H100 and H200, to be replaced by measurements on the
 // device itself.
-constexpr double kLaunchNs = 2000;  // from one kernel of a stream to the next
-constexpr double kFillNs = 2000;    // until the tiles of a product are all at work
+constexpr double kFillNs = 2000;  // until the tiles of a product are all at work
 // Operations of products: of 16 bits, of float32 in tf32, and of the others, on 132
 // multiprocessors.
 constexpr double kNarrowPerNs = 500e3, kTf32PerNs = 250e3, kPlainPerNs = 45e3;
 // Of a multiprocessor: half of what it can read, in products of few rows and in what finishes them.
-constexpr double kCacheBytesPerNs = 22;
+constexpr double kReadBytesPerNs = 22;
 constexpr int kTile = 64;  // rows and units of a library's smaller tiles
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 double operations_per_ns(const DeviceFacts& device, const Task& task, bool tensor) {
   const double on_h200 = size_of(task.dtype) == 2 ? kNarrowPerNs
@@ -29,7 +27,7 @@ double operations_per_ns(const DeviceFacts& device, const Task& task, bool tenso
 
 double estimated_step_ns(const DeviceFacts& device, const Task& task, bool tensor) {
   const double elements = double(task.B) * double(task.H), weight = double(task.H * task.H);
-  const double bytes_per_ns = kCacheBytesPerNs * device.multiprocessors;
+  const double bytes_per_ns = kReadBytesPerNs * device.multiprocessors;
   const double product =
       std::max(2 * elements * double(task.H) / operations_per_ns(device, task, tensor),
                (weight + elements) * size_of(task.dtype) / bytes_per_ns);

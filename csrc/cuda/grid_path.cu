@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
   // Rows that do not exist are multiplied along: zeros.
   for (int at = thread * 16; at < layout.places * layout.place_bytes; at += layout.threads * 16)
-    store16(place(0) + at, Words4{});
+    store_words<16>(place(0) + at, Words4{});
   if (thread == 0) {
     for (int i = 0; i < 2 * layout.groups; ++i) init_mailbox(box(i & 1, i >> 1), 1);
     publish_mailboxes();
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
         TORCH_BPTT_UNROLL_LITTLE
         for (int p = 0; p < layout.parts; ++p) {
           const Words4 add =
-              load16(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
+              load_words<16>(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
         Words4 text;
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
         const float* const from = letters(s, group) + own_row * layout.own_units + own_unit;
         TORCH_BPTT_UNROLL_LITTLE
         for (int r = 0; r < layout.cluster; ++r) {
-          const Words4 add = load16(from + r * layout.rows * layout.own_units);
+          const Words4 add = load_words<16>(from + r * layout.rows * layout.own_units);
           for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
         }
         finished = step.template finish<kQuad>(b, j, count, sum, leaking, terms, constants);

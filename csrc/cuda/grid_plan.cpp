@@ -1,4 +1,5 @@
 // How large the clusters of a whole grid, and how the batch and a block's warps are cut.
+#include "estimates.h"
 #include "grid_layout.h"
 #include "plan.h"
 
@@ -8,17 +9,10 @@ namespace {
 
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
-constexpr double kClock = 1.7;  // cycles for each nanosecond
 constexpr double kHopNs = 950;  // until a block sees what another wrote, and has begun to read
-constexpr double kFixedCycles = 650;   // reading, adding parts up, the activation, one exchange
-constexpr double kGroupCycles = 150;   // barriers of a group of rows
-constexpr double kTensorCycles = 6.3;  // a chunk of 16 units by 8 rows on one of four schedulers
-constexpr double kPlainCycles = 40;    // the same without tensor cores
-constexpr double kSharedBytesPerCycle = 128;
-constexpr double kExchangeBytesPerNs = 21;  // into one block from the others of its cluster
-constexpr double kCacheBytesPerNs = 45;     // into one block from the second-level cache
-constexpr double kWeightBytesPerNs = 20;    // the same in pieces of 4 bytes
-constexpr double kLaunchNs = 8000;          // of the whole loop: the launch, the first meeting
+constexpr double kFixedCycles = 650;  // reading, adding parts up, the activation, one exchange
+constexpr double kGroupCycles = 150;  // barriers of a group of rows
+constexpr double kBeginNs = 8000;     // of the whole loop: the launch, the first meeting
 
 double larger(double a, double b) { return a > b ? a : b; }
 
@@ -46,8 +40,8 @@ double estimated_step_ns(const Task& task, Units units, const GridLayout& layout
                                                      larger(0, latency - work * (g - 1) / g) +
                                                      (work < travel ? work : travel) / g
                                                : work + travel + latency;
-  const double begin = kLaunchNs + double(task.H) * double(task.H) * size_of(task.dtype) /
-                                       layout.blocks() / kWeightBytesPerNs;
+  const double begin = kBeginNs + double(task.H) * double(task.H) * size_of(task.dtype) /
+                                      layout.blocks() / kWeightBytesPerNs;
   return step + begin / double(task.T > 0 ? task.T : 1);
 }
 
@@ -55,7 +49,7 @@ double estimated_step_ns(const Task& task, Units units, const GridLayout& layout
 
 bool plan_grid(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1 || !device.whole_grid) return false;
-  const bool tensor = task.dtype != Dtype::float32 || task.tf32;
+  const bool tensor = has_tensor_units(device, task);
   const Units units = tensor ? Units::tensor : Units::plain;
   // Without tensor cores a thread has registers for the sums of one tile.
   const int most_tiles = tensor ? GridLayout::kMostTiles : 1;

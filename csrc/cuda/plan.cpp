@@ -3,18 +3,14 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "estimates.h"
+
 namespace torch_bptt::cuda {
 
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Estimates from published figures, to be replaced by measurements on the device itself.
-constexpr double kCacheBytesPerNs = 45;  // that a multiprocessor reads from the level-2 cache
-constexpr double kLaunchNs = 2000;       // from one kernel of a stream to the next
-constexpr double kClock = 1.7;           // cycles for each nanosecond
 constexpr double kFixedCycles = 600;    // path block: reading, adding up, the activation, a barrier
-constexpr double kTensorCycles = 6.3;   // 16 units by 8 rows by 32 bytes on one of four schedulers
 constexpr double kPlainPerCycle = 100;  // multiply-adds of float32; of float64 half as many
 constexpr double kPlainTilePerCycle = 60;  // the same of path step; before 9.0 half as many
 

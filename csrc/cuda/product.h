@@ -42,8 +42,8 @@ class TensorProduct {
   TORCH_BPTT_DEVICE void add(int pair, const uint32_t (&even)[4], const uint32_t (&odd)[4],
                              const Piece& piece) {
     const int chain = pair * 2 % CHAINS;
-    multiply(sums[chain], even, {piece.of[0], piece.of[1]});
-    multiply(sums[chain + 1], odd, {piece.of[2], piece.of[3]});
+    warp_multiply<S>(sums[chain], even, {piece.of[0], piece.of[1]});
+    warp_multiply<S>(sums[chain + 1], odd, {piece.of[2], piece.of[3]});
   }
 
   // For unit lane / 4 + 8 (i >> 1) and row 2 (lane % 4) + (i & 1).
@@ -61,14 +61,6 @@ class TensorProduct {
   }
 
  private:
-  static TORCH_BPTT_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-    if constexpr (sizeof(S) == 4)
-      warp_mma_tf32(sum, a, b);
-    else
-      warp_mma<S>(sum, a, b);
-  }
-
   static_assert(CHAINS == 2 || CHAINS == 4);
   float sums[CHAINS][4] = {};  // of even chunks, of odd ones
 };
@@ -91,7 +83,7 @@ class PlainProduct {
   static TORCH_BPTT_DEVICE Piece read(const unsigned char* rows, int row_bytes, int lane) {
     Piece piece;
     TORCH_BPTT_UNROLL
-    for (int r = 0; r < 8; ++r) piece.row[r] = load16(rows + r * row_bytes + lane % 4 * 16);
+    for (int r = 0; r < 8; ++r) piece.row[r] = load_words<16>(rows + r * row_bytes + lane % 4 * 16);
     return piece;
   }
   TORCH_BPTT_DEVICE void add(int, const uint32_t (&low)[4], const uint32_t (&high)[4],
@@ -158,7 +150,7 @@ TORCH_BPTT_DEVICE uint32_t weight_register(const Loop<S>& loop, int unit0, int e
   if constexpr (Product::kElements == 1) {
     bits = as_bits(Product::rounded(*from));
   } else if constexpr (WORDS) {
-    bits = load4(from);
+    bits = load_words<4>(from).word[0];
   } else {
     const bool second = exists && k + 1 < H;
     const uint32_t upper = from[second].bits;
@@ -183,6 +175,7 @@ TORCH_BPTT_DEVICE void copy_pieces(Piece (&to)[N], const Piece (&from)[N]) {
 constexpr int kQuad = Tiles::kQuad;
 // Steps ahead that the inputs are brought into the cache: a step takes about as long as memory.
 constexpr int kPrefetched = 3;
+
 // Elements as they enter the product.
 template <class Product, int N, class S>
 TORCH_BPTT_DEVICE Elements<S, N> rounded(Elements<S, N> p) {

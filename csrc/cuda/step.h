@@ -323,6 +323,7 @@ class Step {
     if (l.d_exact.data) at.exact = s.row(l.d_exact, t(), b) + j;
     return at;
   }
+
   // ---- what becomes of the product --------------------------------------------------------------
 
   template <int N>

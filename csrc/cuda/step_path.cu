@@ -100,8 +100,8 @@ class TensorProduct {
         uint32_t b[4];
         warp_load_matrices(b, rows + n * kTile.row_bytes() + k);
         round(b);
-        multiply(sums[n / 8], a, {b[0], b[1]});
-        multiply(sums[n / 8 + 1], a, {b[2], b[3]});
+        warp_multiply<S>(sums[n / 8], a, {b[0], b[1]});
+        warp_multiply<S>(sums[n / 8 + 1], a, {b[2], b[3]});
       }
     }
   }
@@ -129,13 +129,6 @@ class TensorProduct {
       TORCH_BPTT_UNROLL
       for (int i = 0; i < N; ++i) registers[i] = to_tf32(as_float(registers[i]));
     }
-  }
-  static TORCH_BPTT_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-    if constexpr (sizeof(S) == 4)
-      warp_mma_tf32(sum, a, b);
-    else
-      warp_mma<S>(sum, a, b);
   }
 
   int lane, unit, row, group;
@@ -195,7 +188,7 @@ class PlainProduct {
 
   template <int N>
   static TORCH_BPTT_DEVICE void read(C (&to)[N], const unsigned char* from) {
-    const Words4 words = load16(from);
+    const Words4 words = load_words<16>(from);
     S elements[N];
     __builtin_memcpy(elements, &words, sizeof(words));
     TORCH_BPTT_UNROLL

@@ -214,12 +214,6 @@ inline uint32_t to_tf32(float value) {  // to nearest, ties away from zero
 
 // ---- memory -------------------------------------------------------------------------------------
 
-inline uint32_t load4(const void* from, Where where = Where::current()) {
-  host::check_aligned(from, 4, where);
-  uint32_t value;
-  std::memcpy(&value, from, 4);
-  return value;
-}
 template <int BYTES>
 Words<BYTES> load_words(const void* from, Where where = Where::current()) {
   host::check_aligned(from, BYTES, where);
@@ -231,16 +225,6 @@ template <int BYTES>
 void store_words(void* to, const Words<BYTES>& value, Where where = Where::current()) {
   host::check_aligned(to, BYTES, where);
   std::memcpy(to, &value, BYTES);
-}
-inline Words4 load16(const void* from, Where where = Where::current()) {
-  host::check_aligned(from, 16, where);
-  Words4 value;
-  std::memcpy(&value, from, 16);
-  return value;
-}
-inline void store16(void* to, const Words4& value, Where where = Where::current()) {
-  host::check_aligned(to, 16, where);
-  std::memcpy(to, &value, 16);
 }
 template <int BYTES>
 void copy_async(void* shared, const void* global, int valid = BYTES,

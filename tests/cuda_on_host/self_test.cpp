@@ -197,7 +197,9 @@ __global__ void copy_rows(const float* in, float* out, bool wait) {
   out[128 + i] = shared[128 + i];
 }
 
-__global__ void misaligned(float* out) { out[0] = float(load16(shared_memory() + 4).word[0]); }
+__global__ void misaligned(float* out) {
+  out[0] = float(load_words<16>(shared_memory() + 4).word[0]);
+}
 
 __global__ void beyond(const float* in) { copy_async<16>(shared_memory() + 1024, in); }
 
