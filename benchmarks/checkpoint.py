@@ -153,7 +153,7 @@ def main() -> None:
     print(f"{case.name}, {table.count(str(count))}")
     for way, found in times.items():
         extra = memory(way, case, count)
-        median, p20, p80 = (quantile(found, q) for q in (0.5, 0.2, 0.8))
+        median = quantile(found, 0.5)
         ratio = median / quantile(times[options.ways[0]], 0.5)
         print(f"{way:44} {median:7.3g} s  {ratio:5.2f}x  {extra:8.1f} MiB")
         row = {
@@ -168,10 +168,7 @@ def main() -> None:
             "B": case.B,
             "I": case.I,
             "H": case.H,
-            "median_ms": f"{1e3 * median:.4g}",
-            "p20_ms": f"{1e3 * p20:.4g}",
-            "p80_ms": f"{1e3 * p80:.4g}",
-            "calls": len(found),
+            **table.of_times(found),
             "extra_mib": f"{extra:.1f}",
             "output_mib": f"{4 * case.T * case.B * case.H / 2**20:.1f}",
             "version": torch_bptt.__version__,

@@ -6,12 +6,13 @@ python benchmarks/report.py FILE.csv --readme        tables into README.md, betw
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import table
 from table import distinct, ratio, select
 
-from torch_bptt.bench import OURS, PASSES, geometric_mean
+from torch_bptt.bench import OURS, PASSES
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -26,7 +27,7 @@ def milliseconds(median: str) -> str:
 
 def ratios(pairs: list[list[float]]) -> str:
     """For each pass how many times slower than OURS, the geometric mean of several."""
-    means = [geometric_mean(found) if found else None for found in pairs]
+    means = [statistics.geometric_mean(found) if found else None for found in pairs]
     return " / ".join(f"{mean:.{1 if mean >= 10 else 2}f}x" if mean else "-" for mean in means)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import torch_bptt
 from torch_bptt._extension import _C
-from torch_bptt.bench import DTYPES, Case, Problem, Provider, cpu_name, measure, quantile
+from torch_bptt.bench import DTYPES, Case, Problem, Provider, cpu_name, measure
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ def facts() -> dict[str, object]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
@@ -164,16 +164,12 @@ def main() -> None:
                     tqdm.write(f"{case.name}, {found.name}: {provider} not timed: {reason}")
                 reasons.add((provider, reason))
             for provider, seconds in found.times.items():
-                median, p20, p80 = (f"{1e3 * quantile(seconds, q):.4g}" for q in (0.5, 0.2, 0.8))
                 record(
                     group,
                     case,
                     provider,
                     found.name,
-                    median_ms=median,
-                    p20_ms=p20,
-                    p80_ms=p80,
-                    calls=len(seconds),
+                    **table.of_times(seconds),
                     first_s=f"{found.first[provider]:.3g}",
                     gflop=f"{gflop(case, found.name != 'forward'):.4g}",
                     peak_gflops=peak,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from torch_bptt.bench import OURS
+from torch_bptt.bench import OURS, quantile
 
 KEY = ("group", "case", "provider", "device", "dtype", "threads", "pass")
 COLUMNS = (
@@ -43,6 +43,13 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def of_times(seconds: list[float]) -> dict[str, object]:
+    """The columns that hold the times of calls."""
+    quantiles = {"median_ms": 0.5, "p20_ms": 0.2, "p80_ms": 0.8}
+    columns = {name: f"{1e3 * quantile(seconds, q):.4g}" for name, q in quantiles.items()}
+    return {**columns, "calls": len(seconds)}
 
 
 def write(path: Path, row: dict[str, object]) -> None:

@@ -212,7 +212,7 @@ def main() -> None:
             times = take_turns(steps, options.seconds)
             print(f"{group}, {case.name}, {table.count(str(count))}")
             for (name, way), found in times.items():
-                median, p20, p80 = (quantile(found, q) for q in (0.5, 0.2, 0.8))
+                median = quantile(found, 0.5)
                 first = next(iter(steps)) if group == "second" else (name, next(iter(passes[name])))
                 ratio = median / quantile(times[first], 0.5)
                 print(f"  {name:22} {way:26} {1e3 * median:9.3g} ms  {ratio:5.2f}x")
@@ -228,10 +228,7 @@ def main() -> None:
                     "B": case.B,
                     "I": case.I,
                     "H": case.H,
-                    "median_ms": f"{1e3 * median:.4g}",
-                    "p20_ms": f"{1e3 * p20:.4g}",
-                    "p80_ms": f"{1e3 * p80:.4g}",
-                    "calls": len(found),
+                    **table.of_times(found),
                     "version": torch_bptt.__version__,
                     **facts(),
                 }

@@ -27,7 +27,8 @@ using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 using NodePtr = decltype(torch::autograd::Edge::function);
 
-// A reference-counted node: PyTorch's pointer to one has changed its kind.
+// A reference-counted node. Older versions of PyTorch hold it in std::shared_ptr, newer ones in
+// c10::intrusive_ptr.
 template <class N>
 auto make_node() {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>)
@@ -83,7 +84,7 @@ void check_probe(const OptionalTensor& probe, const Tensor& x) {
 
 }  // namespace
 
-// Its name stands in what autograd says of it.
+// The node of rnn. Its name is what users see as grad_fn, in anomaly mode and in profiles.
 struct RNNNode : Node {
   LayerOptions options;
   SavedVariable x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f;
@@ -244,7 +245,8 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& x, const OptionalTensor& h0, const 
   return {std::move(h), std::move(h_n)};
 }
 
-// The derivative, computed anew where it is to be differentiated itself.
+// The node of rnn_backward. Its backward computes the gradients anew, as tensor operations that can
+// be differentiated again (second_backward).
 struct RNNBackwardNode : Node {
   BackwardOptions options;
   std::vector<SavedVariable> tensors;  // that rnn_backward reads, in its order
@@ -272,7 +274,7 @@ Gradients rnn_backward_with_gradient(const OptionalTensor& grad_h, const Optiona
                                      const Tensor& x, const OptionalTensor& h0, const Tensor& h,
                                      const OptionalTensor& f, const Tensor& weight_ih,
                                      const Tensor& weight_hh, std::string_view activation,
-                                     std::array<bool, 8> wanted, const OptionalTensor& batch_sizes,
+                                     Wanted wanted, const OptionalTensor& batch_sizes,
                                      const OptionalTensor& keep, const OptionalTensor& alpha,
                                      const OptionalTensor& restart, const OptionalTensor& mask,
                                      bool reverse, int64_t truncate, std::optional<double> clip,

@@ -170,7 +170,7 @@ std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int
   if (!plan_loop(facts, task, &plan, wish ? &*wish : nullptr))
     throw pybind11::value_error("cuda_plan: no path can do this");
   return {{"path", pybind11::str(kPathNames[int(plan.path)])},
-          {"tensor_cores", pybind11::bool_(plan.units == Units::tensor)},
+          {"tensor_cores", pybind11::bool_(plan.arithmetic == Arithmetic::tensor)},
           {"rows", pybind11::int_(plan.rows)},
           {"cluster", pybind11::int_(plan.cluster)},
           {"blocks", pybind11::int_(plan.blocks)},

@@ -58,7 +58,7 @@ class Call {
         host(schedule),
         on_device(schedule),
         H(H),
-        tf32(std::is_same_v<S, float> && tf32_allowed(like)),
+        tf32(std::is_same_v<S, float> && tf32_allowed()),
         device_guard(like.device()) {
     if (!host.offsets) return;
     numbers = at::empty({host.T + 1 + host.B}, like.options().dtype(at::kLong));
@@ -83,7 +83,7 @@ class Call {
     using Element = std::remove_const_t<T>;
     return tensor_over(data, shape, strides, std::is_same_v<Element, S> ? stored : computed);
   }
-  // As many of them as there are parts; one without a dimension for it.
+  // (parts, rows, columns), or a plain matrix where parts is 1.
   template <class T>
   Tensor over_parts(T* data, int64_t parts, at::IntArrayRef shape) const {
     if (parts == 1) return over(data, shape);
@@ -198,10 +198,10 @@ class WeightGradient {
  private:
   void add_product(const Tensor& a, const Tensor& b) {
     if (first) {
-      multiply_exactly(sum, a, b);
+      multiply_wide(sum, a, b);
     } else if (is_narrow(a)) {
       Tensor product = at::empty_like(sum);
-      multiply_exactly(product, a, b);
+      multiply_wide(product, a, b);
       sum.add_(product);
     } else {
       a.dim() == 2 ? sum.addmm_(a, b) : sum.baddbmm_(a, b);
@@ -259,7 +259,7 @@ void rnn_forward(const ForwardProblem<S>& p, const Tensor& like) {
       while (steps.end < s.T && rows() + s.rows_at(s.step(steps.end)) <= most_rows);
       if (!drive.defined() || drive.size(0) < rows()) drive = call.empty_computed({rows(), p.H});
       Tensor part = drive.narrow(0, 0, rows());
-      multiply_exactly(part, call.matrix_of(p.x, p.I, first(), last()), weight_ih);
+      multiply_wide(part, call.matrix_of(p.x, p.I, first(), last()), weight_ih);
       loop.c = part.data_ptr<C>();
       loop.c_first = s.offset(first());
       call.run(loop, steps);
@@ -436,15 +436,12 @@ void tangent_scan(const ScanProblem<S>& p, const Tensor& like) {
   call.run(loop);
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                                       \
+#define TORCH_BPTT_ENTRY(S)                                             \
   template void rnn_forward(const ForwardProblem<S>&, const Tensor&);   \
   template void rnn_backward(const BackwardProblem<S>&, const Tensor&); \
   template void adjoint_scan(const ScanProblem<S>&, const Tensor&);     \
   template void tangent_scan(const ScanProblem<S>&, const Tensor&);
-TORCH_BPTT_FOR_STORAGE(float)
-TORCH_BPTT_FOR_STORAGE(double)
-TORCH_BPTT_FOR_STORAGE(bfloat16)
-TORCH_BPTT_FOR_STORAGE(float16)
-#undef TORCH_BPTT_FOR_STORAGE
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 
 }  // namespace torch_bptt::cuda

@@ -54,7 +54,7 @@ const DeviceFacts& facts_of(c10::Device device) {
   return known.facts;
 }
 
-bool tf32_allowed(const at::Tensor&) {
+bool tf32_allowed() {
   return !at::NoTF32Guard::should_disable_tf32() &&
          at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
 }

@@ -14,7 +14,7 @@ const DeviceFacts& facts_of(c10::Device device);
 
 // Whether products of float32 inside a loop may round their factors to tf32. PyTorch's own setting
 // for recurrent layers decides: torch.backends.cudnn.rnn.fp32_precision, or allow_tf32.
-bool tf32_allowed(const at::Tensor& like);
+bool tf32_allowed();
 
 // Whether PyTorch's own product of two matrices of that type rounds as products inside a loop do:
 // float32 to tf32 or not, float16 with sums in float32. torch.backends.cuda.matmul has the

@@ -4,13 +4,13 @@ namespace torch_bptt::cuda {
 
 using at::Tensor;
 
-void multiply_exactly(Tensor& out, const Tensor& a, const Tensor& b) {
+void multiply_wide(Tensor& out, const Tensor& a, const Tensor& b) {
   const bool matrices = a.dim() == 2, narrow = a.element_size() == 2;
   const auto computed = out.scalar_type();
   if (narrow && a.is_cuda())
     matrices ? at::mm_out(out, a, b, computed) : at::bmm_out(out, a, b, computed);
   else if (narrow)  // PyTorch has that product for CUDA alone
-    multiply_exactly(out, a.to(computed), b.to(computed));
+    multiply_wide(out, a.to(computed), b.to(computed));
   else
     matrices ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
 }
@@ -70,20 +70,17 @@ void run_gemm_path(const Loop<S>& loop, const Schedule& host, Steps steps,
     }
     if (entering.count > 0) {
       Tensor product = products.narrow(0, 0, entering.count);
-      multiply_exactly(product, matrix(entering.data, entering.count, entering.row), weight);
+      multiply_wide(product, matrix(entering.data, entering.count, entering.row), weight);
     }
     const int64_t rows = StepRows(on_host, i).rows();
     check(finish_step(loop, i, rows, products.const_data_ptr<C>(), stream));
   }
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                                     \
+#define TORCH_BPTT_ENTRY(S)                                           \
   template void run_gemm_path(const Loop<S>&, const Schedule&, Steps, \
                               const at::TensorOptions& stored, void* stream);
-TORCH_BPTT_FOR_STORAGE(float)
-TORCH_BPTT_FOR_STORAGE(double)
-TORCH_BPTT_FOR_STORAGE(bfloat16)
-TORCH_BPTT_FOR_STORAGE(float16)
-#undef TORCH_BPTT_FOR_STORAGE
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 
 }  // namespace torch_bptt::cuda

@@ -35,9 +35,9 @@ inline at::Tensor tensor_over(const void* data, at::IntArrayRef shape, at::IntAr
       .make_tensor();
 }
 
-// out = a b, of matrices or of as many as a and b have of them, added up in the type that is
-// computed in, which is that of out.
-void multiply_exactly(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+// out = a b for matrices or batches of them. Sums are in the type of out, the one computed in;
+// factors of float32 are rounded to tf32 if torch.backends.cuda.matmul says so.
+void multiply_wide(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 // Runs some steps of a loop as path gemm. `host` is its schedule with the numbers of the host,
 // `stored` the options of tensors of S there.

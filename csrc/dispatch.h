@@ -1,5 +1,4 @@
-// From tensors to kernels: dtype, activation, rows, threads. The only place that knows which
-// backends were built.
+// From tensors to kernels: dtype, activation, rows, threads, and the backend of a device.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +7,6 @@
 
 #include <algorithm>
 #include <string_view>
-#include <utility>
 
 #include "checks.h"
 #include "core/activations.h"

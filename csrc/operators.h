@@ -4,13 +4,17 @@
 // (T); (B, features) alone is a single step. A state is one step with as many dimensions as x:
 // (1, B, H) beside dense rows, else (B, H). The mathematics is in README.md beside this file.
 //
-// Options that several operators have, absent where None:
-//   keep     bool (T, B), false where the row restarts: the state of the step before does not
-//   arrive restart  state that arrives instead; zeros alpha    (H) leak of each unit, in the type
-//   that x is computed in; 1 mask     state, factors of what arrives before it is multiplied by
-//   W_hh; 1 noise    as h, added to z; zeros
+// Options that several operators have, and what None stands for:
 //
-// With weight_hh (G, H, H) all but autograd.cpp run G networks side by side: every other tensor but
+// clang-format off
+//   keep     bool (T, B); false: the row restarts, the state before does not arrive    all true
+//   restart  a state: what arrives instead                                             zeros
+//   alpha    (H): the leak of each unit, in the type that x is computed in             ones
+//   mask     a state: factors of what arrives, before it is multiplied by W_hh         ones
+//   noise    as h, added to z                                                          zeros
+// clang-format on
+//
+// With weight_hh (G, H, H) an operator runs G networks side by side: every other tensor but
 // batch_sizes, results included, has G in front.
 #pragma once
 
@@ -36,14 +40,27 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward(
 // |dL/dh_t| of every row; those not wanted are empty and cost nothing. With parts > 0 those of
 // weights, bias and alpha are (parts, ...): row b counts to part b % parts alone.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
-                       const Tensor& x, const OptionalTensor& h0, const Tensor& h,
-                       const OptionalTensor& f, const Tensor& weight_ih, const Tensor& weight_hh,
-                       std::string_view activation, std::array<bool, 8> wanted,
-                       const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-                       const OptionalTensor& alpha, const OptionalTensor& restart,
-                       const OptionalTensor& mask, bool reverse, int64_t truncate,
-                       std::optional<double> clip, int64_t parts);
+enum Gradient {
+  GRAD_X,
+  GRAD_H0,
+  GRAD_WEIGHT_IH,
+  GRAD_WEIGHT_HH,
+  GRAD_BIAS,
+  GRAD_ALPHA,
+  GRAD_RESTART,
+  NORMS,
+  GRADIENTS
+};
+using Wanted = std::array<bool, GRADIENTS>;
+using Backward = Gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
+                           const Tensor& x, const OptionalTensor& h0, const Tensor& h,
+                           const OptionalTensor& f, const Tensor& weight_ih,
+                           const Tensor& weight_hh, std::string_view activation, Wanted wanted,
+                           const OptionalTensor& batch_sizes, const OptionalTensor& keep,
+                           const OptionalTensor& alpha, const OptionalTensor& restart,
+                           const OptionalTensor& mask, bool reverse, int64_t truncate,
+                           std::optional<double> clip, int64_t parts);
+Backward rnn_backward;
 
 // -> d as g; d0 and what goes back to restart, states
 std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
@@ -58,51 +75,27 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
                     const OptionalTensor& restart, const OptionalTensor& mask, bool reverse,
                     int64_t truncate);
 
-// ---- the layer with its derivative (autograd.cpp)
-// ------------------------------------------------
+// ---- the layer with its derivative (autograd.cpp) -----------------------------------------------
 
 // -> h, h_n. Without a graph, and with one. probe has the shape of x without its features and the
 // type that x is computed in: it changes nothing, and its gradient is the norm of dL/dh_t.
-std::tuple<Tensor, Tensor> rnn(const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih,
-                               const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                               const OptionalTensor& bias_hh, std::string_view activation,
-                               const OptionalTensor& batch_sizes, const OptionalTensor& keep,
-                               const OptionalTensor& alpha, const OptionalTensor& restart,
-                               const OptionalTensor& mask, const OptionalTensor& noise,
-                               const OptionalTensor& probe, bool reverse, int64_t truncate,
-                               std::optional<double> clip);
-std::tuple<Tensor, Tensor> rnn_with_gradient(
-    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
-    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
-    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
+template <class Results>
+using Layer = Results(const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh, std::string_view activation,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& keep,
+                      const OptionalTensor& alpha, const OptionalTensor& restart,
+                      const OptionalTensor& mask, const OptionalTensor& noise,
+                      const OptionalTensor& probe, bool reverse, int64_t truncate,
+                      std::optional<double> clip);
+Layer<std::tuple<Tensor, Tensor>> rnn, rnn_with_gradient;
 
 // The same with f(z_t) as rnn_forward returns it, which has no gradient: what a node calls under a
 // transform of torch.func, so that each of its levels gets a node.
-std::tuple<Tensor, Tensor, Tensor> rnn_with_f(
-    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
-    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
-    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
-std::tuple<Tensor, Tensor, Tensor> rnn_with_f_with_gradient(
-    const Tensor& x, const OptionalTensor& h0, const Tensor& weight_ih, const Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, std::string_view activation,
-    const OptionalTensor& batch_sizes, const OptionalTensor& keep, const OptionalTensor& alpha,
-    const OptionalTensor& restart, const OptionalTensor& mask, const OptionalTensor& noise,
-    const OptionalTensor& probe, bool reverse, int64_t truncate, std::optional<double> clip);
+Layer<std::tuple<Tensor, Tensor, Tensor>> rnn_with_f, rnn_with_f_with_gradient;
 
 // rnn_backward with a graph.
-Gradients rnn_backward_with_gradient(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
-                                     const Tensor& x, const OptionalTensor& h0, const Tensor& h,
-                                     const OptionalTensor& f, const Tensor& weight_ih,
-                                     const Tensor& weight_hh, std::string_view activation,
-                                     std::array<bool, 8> wanted, const OptionalTensor& batch_sizes,
-                                     const OptionalTensor& keep, const OptionalTensor& alpha,
-                                     const OptionalTensor& restart, const OptionalTensor& mask,
-                                     bool reverse, int64_t truncate, std::optional<double> clip,
-                                     int64_t parts);
+Backward rnn_backward_with_gradient;
 
 // The arguments of the layer that have a gradient, in their order.
 enum LayerInput { X, H0, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, ALPHA, RESTART, PROBE, INPUTS };
@@ -132,7 +125,7 @@ std::array<Tensor, INPUTS> backward_with_graph(const SavedForBackward& saved,
 
 struct BackwardOptions {
   std::string activation;
-  std::array<bool, 8> wanted;
+  Wanted wanted;
   bool reverse;
   int64_t truncate;
   std::optional<double> clip;

@@ -8,7 +8,7 @@ namespace torch_bptt {
 Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_h_n,
                        const Tensor& x, const OptionalTensor& h0, const Tensor& h,
                        const OptionalTensor& f, const Tensor& weight_ih, const Tensor& weight_hh,
-                       std::string_view activation_name, std::array<bool, 8> wanted,
+                       std::string_view activation_name, Wanted wanted,
                        const OptionalTensor& batch_sizes, const OptionalTensor& keep,
                        const OptionalTensor& alpha, const OptionalTensor& restart,
                        const OptionalTensor& mask, bool reverse, int64_t truncate,
@@ -29,7 +29,7 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   check("weight_hh", weight_hh, {H, H}, "(hidden_size, hidden_size)");
   check("h", h, sizes.shape(H), "of the output of rnn_forward");
   check_alpha(op, networks.first(op, "alpha", alpha), H, x);
-  TORCH_CHECK_VALUE(alpha || !wanted[5], op,
+  TORCH_CHECK_VALUE(alpha || !wanted[GRAD_ALPHA], op,
                     ": alpha must be given where its gradient is wanted, got None");
   if (alpha) {
     TORCH_CHECK_VALUE(
@@ -53,19 +53,19 @@ Gradients rnn_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   };
   const auto state_shape = networks.shape(sizes.state_shape(H));
   Tensor grad_x =
-      wanted[0] ? (none ? at::zeros_like(x) : at::empty_like(x)) : at::empty({0}, x.options());
+      wanted[GRAD_X] ? (none ? at::zeros_like(x) : at::empty_like(x)) : at::empty({0}, x.options());
   if (grad_x.size(-1) > 1 && grad_x.stride(-1) != 1) grad_x = at::empty(x.sizes(), x.options());
-  Tensor grad_h0 = output(wanted[1], state_shape, x.options());
-  Tensor grad_weight_ih = output(wanted[2], sum_shape({H, I}), x.options()),
-         grad_weight_hh = output(wanted[3], sum_shape({H, H}), x.options()),
-         grad_bias = output(wanted[4], sum_shape({H}), x.options()),
-         grad_alpha = output(wanted[5], sum_shape({H}), computed);
-  Tensor grad_restart = output(wanted[6], state_shape, x.options());
-  Tensor norms = output(wanted[7], x.sizes().slice(0, x.dim() - 1), computed);
+  Tensor grad_h0 = output(wanted[GRAD_H0], state_shape, x.options());
+  Tensor grad_weight_ih = output(wanted[GRAD_WEIGHT_IH], sum_shape({H, I}), x.options()),
+         grad_weight_hh = output(wanted[GRAD_WEIGHT_HH], sum_shape({H, H}), x.options()),
+         grad_bias = output(wanted[GRAD_BIAS], sum_shape({H}), x.options()),
+         grad_alpha = output(wanted[GRAD_ALPHA], sum_shape({H}), computed);
+  Tensor grad_restart = output(wanted[GRAD_RESTART], state_shape, x.options());
+  Tensor norms = output(wanted[NORMS], x.sizes().slice(0, x.dim() - 1), computed);
   const Gradients gradients{grad_x,    grad_h0,    grad_weight_ih, grad_weight_hh,
                             grad_bias, grad_alpha, grad_restart,   norms};
   if (none) {
-    if (wanted[1] && grad_h_n) grad_h0.copy_(*grad_h_n);  // T = 0: h_n is h0
+    if (wanted[GRAD_H0] && grad_h_n) grad_h0.copy_(*grad_h_n);  // T = 0: h_n is h0
     return gradients;
   }
 

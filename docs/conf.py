@@ -24,7 +24,8 @@ source_pages = {"csrc/README.md": "compiled-part.md"}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# Names of our own must be found; there is no network to look up those of Python and PyTorch.
+# Names of our own must be found. Those of Python and PyTorch are not looked up, so that building
+# needs no network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!torch_bptt\b).*")]
 

@@ -57,7 +57,7 @@ class Case:
 
     T: int = 5
     B: int = 7
-    I: int = 3  # noqa: E741 - the symbol of the design
+    I: int = 3  # noqa: E741 - the input size, everywhere
     H: int = 17
     activation: str = "tanh"
     alpha: float = 1.0

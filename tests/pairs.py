@@ -1,7 +1,7 @@
 """torch.nn.RNN and torch_bptt.RNN side by side: the same parameters, inputs and gradients.
 
-``networks`` and ``inputs`` draw what the tests compare on; to cover a new argument of nn.RNN, add
-a line to ``networks``.
+``networks_with_input`` draws what the tests compare on; to cover a new argument of nn.RNN, add
+a line to it.
 """
 
 import copy

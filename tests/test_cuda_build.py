@@ -63,9 +63,7 @@ def test_kernels_compile_without_warnings_or_spills(path, tmp_path):
 
 
 @pytest.mark.skipif(not ALL, reason="slow: `make test-cuda-on-host` runs it")
-@pytest.mark.parametrize(
-    "name", ["binding", "cuda_backend", "cuda_device", "cuda_products", "rnn_forward", "scans"]
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc").glob("*.cpp")))
 def test_the_side_of_torch_compiles(name):
     """Against the headers of any torch, with a stand-in for the one that only CUDA builds have."""
     flags = ["-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]

@@ -18,8 +18,6 @@ compared with the texts; entry 0 of what has none is None.
 
 import functools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -579,16 +577,3 @@ def test_d_the_order_of_the_product():
     H = len(c[1])
     a_0 = np.hstack([np.zeros((H, H * H)), np.eye(H)])
     assert differs(unrolled(b, c, a_0, list), expected)
-
-
-# ---- the examples of the documentation
-
-
-def test_examples_of_the_documentation_run_in_their_order():
-    text = (Path(__file__).parent.parent / "docs" / "elman.md").read_text()
-    names = {}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) >= 4
-    for block in blocks:
-        lines_before = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * lines_before + block[1], "docs/elman.md", "exec"), names)

@@ -23,7 +23,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function
 
 from torch_bptt._values import number
-from torch_bptt.operators import RESULTS, ROWS, ops, unfold
+from torch_bptt.operators import RESULTS, ROWS, ops, split_rows
 from torch_bptt.reference import activations
 
 
@@ -43,19 +43,19 @@ class Options(NamedTuple):
 
 
 class Leaf:
-    """One argument of a Function that torch.func does not take apart.
+    """Options as an argument of a Function, which torch.func does not take apart.
 
     A tuple or list that holds no tensor counts as one tangent, but as several dimensions to map
     over, which torch.func.jvp over vmap would not accept.
     """
 
-    __slots__ = ("content",)
+    __slots__ = ("options",)
 
-    def __init__(self, *content):
-        self.content = content
+    def __init__(self, options: Options):
+        self.options = options
 
     def __repr__(self):  # torch.jit.trace writes it down, and compares two traces
-        return f"Leaf{self.content}"
+        return f"Leaf({self.options})"
 
 
 def rnn_layer(
@@ -420,7 +420,7 @@ class RNNForward(Function):
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, probe, batch_sizes, keep,
         mask, noise, leaf,
     ):  # fmt: skip
-        (options,) = leaf.content
+        options = leaf.options
         h, h_n, f = ops.rnn_forward.default(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, options.activation, batch_sizes, keep,
             alpha, restart, mask, noise, options.reverse,
@@ -446,7 +446,7 @@ class RNNForward(Function):
             leaf,
         ) = inputs
         h, _, f = output
-        (ctx.options,) = leaf.content
+        ctx.options = leaf.options
         ctx.set_materialize_grads(False)
         saved = x, h0, weight_ih, weight_hh, batch_sizes, keep, alpha, restart, mask, h, f
         ctx.save_for_backward(*saved)
@@ -602,7 +602,7 @@ def _graph(
         dims = dict.fromkeys(tensors)
         for name, where in ROWS.items():
             if tensors.get(name) is not None:
-                tensors[name], dims[name] = unfold(tensors[name], parts, where)
+                tensors[name], dims[name] = split_rows(tensors[name], parts, where)
         if batch_sizes is not None:
             batch_sizes = batch_sizes // parts
         grads = _graph_of_each(tensors, dims, -2, -1, batch_sizes, options, wanted, 0)

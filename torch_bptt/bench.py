@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -220,12 +221,6 @@ class ModuleProvider(Provider):
 
 
 BASELINE = ModuleProvider("torch.nn.RNN", nn.RNN, torch.__version__)
-CUDNN = ModuleProvider(
-    "cuDNN",
-    nn.RNN,
-    f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
-    device="cuda",
-)
 OURS = ModuleProvider("torch_bptt.RNN", torch_bptt.RNN, torch_bptt.__version__)
 
 
@@ -348,11 +343,6 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def geometric_mean(values: list[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def cpu_name() -> str:
     """The processor, as the system calls it."""
     try:
@@ -396,5 +386,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{theirs:10.3f}{ours:12.3f}{theirs / ours:9.1f}x", end="", flush=True)
         print()
     print(
-        f"{'geometric mean':22}" + "".join(f"{geometric_mean(r):31.1f}x" for r in ratios.values())
+        f"{'geometric mean':22}"
+        + "".join(f"{statistics.geometric_mean(r):31.1f}x" for r in ratios.values())
     )

@@ -360,7 +360,8 @@ def _run_again(ctx, number, x, arriving, network):
             return plan.run(stretch, x, arriving, network)
         generator = _generator(x.device)
         now = generator.get_state()
-        generator.set_state(ctx.numbers[number].clone())  # of a view PyTorch 2.13 reads elsewhere
+        # A clone, as PyTorch 2.13 ignores where in its storage a view begins.
+        generator.set_state(ctx.numbers[number].clone())
         try:
             return plan.run(stretch, x, arriving, network)
         finally:

@@ -1,4 +1,4 @@
-"""Every check that Python makes, and the words for it: argument, what was expected, what came.
+"""Checks of arguments, and the words for them: argument, what was expected, what came.
 
 Where torch.nn.RNN has a message for the same mistake, type and words are torch.nn.RNN's.
 """
@@ -281,7 +281,7 @@ def check_alpha(operation, alpha, shapes):
         )
 
 
-def check_alphas_values(operation, alpha):
+def check_alpha_values(operation, alpha):
     """They lie in (0, 1], as far as the tensor has values."""
     if alpha.is_meta:
         return

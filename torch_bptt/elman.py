@@ -202,7 +202,7 @@ class ElmanNetwork(nn.Module):
             return False
         # The reverse direction starts at a row's last step, so both need the states of all steps.
         # With truncate a stretch may start with a cut, which would also cut off the h_n of rows
-        # that ended before; of a packed input they are not in it. Nothing has no stretches.
+        # that ended before; of a packed input they are not in it. An empty input has none.
         cut_off = rnn.truncate is not None and lengths is not None
         nothing = (input.data if isinstance(input, PackedSequence) else input).numel() == 0
         # One mask for all of a sequence, and observers of a whole call, are no matter of stretches.

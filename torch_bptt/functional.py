@@ -174,7 +174,7 @@ def run(
         hx: (L * D, B, H), or (L * D, H) for one sequence, or None; checked, in the order of layers.
         layers: L * D of them, the directions of layer 0 first.
         options: those of each direction, the same for all layers; checked.
-        draws: as the name says.
+        draws: what is random, a probability and a deviation; zero in eval mode.
         observer: gets to see every layer and direction; see ``diagnose``.
         checkpoint, need_output: as in ``rnn``; checkpoint is checked.
     Returns:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch_bptt import checks
 from torch_bptt.autograd import transformed
 
-IGNORED = -100  # a class that is none: torch.nn.functional.cross_entropy's ignore_index
+IGNORED = -100  # steps of this class do not count, as in torch.nn.functional.cross_entropy
 
 activations = {
     "identity": lambda o: o,

@@ -119,14 +119,14 @@ def in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def fold(tensor: Tensor, dim: int | None, size: int, where: int) -> Tensor:
+def join_rows(tensor: Tensor, dim: int | None, size: int, where: int) -> Tensor:
     """Joins the mapped dimension to dimension ``where`` (from the end), as its fastest part."""
     tensor = in_front(tensor, dim, size).movedim(0, where)
     return tensor.flatten(tensor.dim() + where - 1, tensor.dim() + where)
 
 
-def unfold(tensor: Tensor, size: int, where: int) -> tuple[Tensor, int]:
-    """Undoes ``fold``; the dimension to map over comes with the tensor."""
+def split_rows(tensor: Tensor, size: int, where: int) -> tuple[Tensor, int]:
+    """Undoes ``join_rows``; the dimension to map over comes with the tensor."""
     rows = tensor.shape[where]
     tensor = tensor.unflatten(where, (rows // size, size))
     return tensor, tensor.dim() + where
@@ -189,7 +189,7 @@ def _fold_rows(args, dims, size):
     networks = args["weight_hh"].dim() - 2
     for a in ROWS.keys() & args.keys():
         if args[a] is not None:
-            args[a] = fold(args[a], dims[a], size, ROWS[a])
+            args[a] = join_rows(args[a], dims[a], size, ROWS[a])
     if args["batch_sizes"] is not None:
         args["batch_sizes"] = args["batch_sizes"] * size
     if "parts" in args:
@@ -197,9 +197,9 @@ def _fold_rows(args, dims, size):
 
     def apart(kind, output):
         if kind == "rows":
-            return unfold(output, size, -2)
+            return split_rows(output, size, -2)
         if kind == "numbers":
-            return unfold(output, size, -1)
+            return split_rows(output, size, -1)
         if parts == 0:  # sums are (networks, parts, ...)
             return output, networks
         return output.unflatten(networks, (parts, size)), networks + 1

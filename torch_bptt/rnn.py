@@ -137,7 +137,7 @@ class RNN(nn.RNNBase):
         states = (len(self._all_weights), hidden_size)
         if isinstance(alpha, Tensor):
             checks.check_alpha("RNN", alpha, ((), (hidden_size,), states))
-            checks.check_alphas_values("RNN", alpha)
+            checks.check_alpha_values("RNN", alpha)
         if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
             self.register_buffer("alpha", alpha)
         else:

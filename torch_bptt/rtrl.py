@@ -79,8 +79,7 @@ class RTRL:
 
     def __init__(self, cell: nn.Module, method: str = "exact") -> None:
         _check_cell(cell)
-        if method not in _METHODS:
-            raise ValueError(f"RTRL: method must be 'exact' or 'snap1', got {method!r}")
+        checks.check_choice("RTRL", "method", method, _METHODS)
         self.cell = cell
         self.method = method
         self.start()

@@ -81,7 +81,7 @@ def device_facts(commit: str) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     assert set(facts) | {"torch_bptt"} == set(DEVICE_COLUMNS)
     return facts

@@ -5,11 +5,17 @@ To add one, write a file beside this one and list it here. What it needs beyond 
 told to use.
 """
 
+import torch
+from torch import nn
+
 from providers.compiled import Compiled
 from providers.jax_scan import JaxScan
 from providers.onednn import OneDNN
 from providers.onnx_runtime import OnnxRuntime
-from torch_bptt.bench import BASELINE, CUDNN, OURS
+from torch_bptt.bench import BASELINE, OURS, ModuleProvider
+
+CUDNN_VERSION = f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+CUDNN = ModuleProvider("cuDNN", nn.RNN, CUDNN_VERSION, device="cuda")
 
 PROVIDERS = {
     provider.name: provider

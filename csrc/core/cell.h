@@ -1,5 +1,4 @@
-// The arithmetic of one step on either side of the matrix product. A cell knows no loop; a loop
-// knows no cell. V is a scalar or a vector of C.
+// What cells on CPUs and GPUs have in common. V is a scalar or a vector of C.
 #pragma once
 
 #include "activations.h"

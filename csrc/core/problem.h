@@ -20,6 +20,9 @@ struct float16 {
   uint16_t bits;
 };
 
+// ENTRY(type) for each storage type.
+#define TORCH_BPTT_STORAGE_TYPES(ENTRY) ENTRY(float) ENTRY(double) ENTRY(bfloat16) ENTRY(float16)
+
 // The type a storage type is computed in.
 template <class S>
 struct compute_type {

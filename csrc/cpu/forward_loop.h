@@ -71,7 +71,7 @@ void mask_row(const S* mask, const Operand<S>* p, Operand<S>* to, int64_t H) {
   });
 }
 
-// The states of converted types, for the current step and the one before; the others read h itself.
+// A row of H for every row of the batch, of the current step and of the one before, in turns.
 template <class C>
 struct StateRing {
   C* data;

@@ -1,19 +1,7 @@
 // AVX2 and FMA: Intel since Haswell (2013), AMD since Excavator (2015).
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "before_target.h"
 
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <type_traits>
-#include <utility>
-
-#include "arena.h"
-#include "kernels.h"
-
-// After the headers that other files share, so that none of their inline functions is compiled for
-// this instruction set and then linked into code for another.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

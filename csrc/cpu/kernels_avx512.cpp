@@ -1,19 +1,7 @@
 // AVX-512 as in Skylake-SP (2017) and Zen 4 (2022).
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "before_target.h"
 
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <type_traits>
-#include <utility>
-
-#include "arena.h"
-#include "kernels.h"
-
-// After the headers that other files share, so that none of their inline functions is compiled for
-// this instruction set and then linked into code for another.
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)

@@ -1,13 +1,5 @@
 // The instructions every processor of the platform has (SSE2 on x86-64, NEON on AArch64).
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <type_traits>
-#include <utility>
-
-#include "arena.h"
-#include "kernels.h"
+#include "before_target.h"
 
 #define TORCH_BPTT_ISA baseline
 #define TORCH_BPTT_TABLE kBaseline

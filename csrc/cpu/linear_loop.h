@@ -13,8 +13,7 @@
 
 TORCH_BPTT_KERNELS_BEGIN
 
-// ---- adjoint
-// ----------------------------------------------------------------------------------------------------
+// ---- adjoint ------------------------------------------------------------------------------------
 
 // Up to kBlockRows rows of one step.
 template <class S>
@@ -28,7 +27,7 @@ struct AdjointBlock {
   C* d[kBlockRows];               // d_t for the next step, leaky only
   const S* mask[kBlockRows];      // masked only
   C* restart[kBlockRows];         // where the row restarts at t + 1: what goes back is added here
-  C* kept[kBlockRows];            // null: d_t is not wanted in the type it is computed in
+  C* d_exact[kBlockRows];         // null: d_t is not wanted in the type it is computed in
   const S* g[kBlockRows];         // null: zeros
   const S* g_n[kBlockRows];       // gradient of h_n where t is the row's last step; null elsewhere
   const S* y[kBlockRows];         // f(z_t), or the gate itself
@@ -91,7 +90,7 @@ void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begi
     Vector<C> d = load(block.product[r] + j, lanes);
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
-    if constexpr (KEEP) store(block.kept[r] + j, d, lanes);
+    if constexpr (KEEP) store(block.d_exact[r] + j, d, lanes);
     store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes)) * d, lanes);
   });
 }
@@ -110,7 +109,7 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
     if (options.clip >= 0) d = clamp(d, options.clip);
-    if (block.kept[r]) store(block.kept[r] + j, d, lanes);
+    if (block.d_exact[r]) store(block.d_exact[r] + j, d, lanes);
     if (block.d_out[r]) store(block.d_out[r] + j, d, lanes);
     Vector<C> gate = load(block.y[r] + j, lanes);
     if (options.alpha) {
@@ -125,19 +124,16 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
 
 template <class S>
 struct AdjointCells {
-  AdjointCell<S> plain, keeping, full;
+  AdjointCell<S> plain{}, keeping{}, full;
 };
-
-template <class S, class Gate>
-constexpr AdjointCells<S> kAdjointCells{plain_adjoint_cell<S, Gate, false>,
-                                        plain_adjoint_cell<S, Gate, true>, adjoint_cell<S, Gate>};
 
 template <class S>
 AdjointCells<S> adjoint_cells_of(Activation activation) {
   switch (activation) {
-#define TORCH_BPTT_ENTRY(name, type) \
-  case Activation::name:             \
-    return kAdjointCells<S, SlopeGate<type>>;
+#define TORCH_BPTT_ENTRY(name, type)                       \
+  case Activation::name:                                   \
+    return {plain_adjoint_cell<S, SlopeGate<type>, false>, \
+            plain_adjoint_cell<S, SlopeGate<type>, true>, adjoint_cell<S, SlopeGate<type>>};
     TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
   }
@@ -215,7 +211,7 @@ class AdjointLoop {
         weight_hh(weight_hh),
         cut(cut),
         du(2 * chunk_rows * H),
-        kept(keep_d ? 2 * chunk_rows * H : 0),
+        d_exact(keep_d ? 2 * chunk_rows * H : 0),
         keep_d(keep_d),
         states(alpha ? 2 * s.B * H : 0),
         restarts(rows.restart ? s.B * H : 0),
@@ -238,7 +234,7 @@ class AdjointLoop {
   const P* chunk_du(const AdjointWalk& walk) const { return du.get() + walk.first_slot() * H; }
   // d of the walk's chunk, where the loop was told to keep it.
   const Compute<S>* chunk_d(const AdjointWalk& walk) const {
-    return kept.get() + walk.first_slot() * H;
+    return d_exact.get() + walk.first_slot() * H;
   }
 
   // Rounds the sums over all restarts into the output; all steps must be done.
@@ -280,7 +276,7 @@ class AdjointLoop {
         block.g[r] = rows.g.data ? s.row(rows.g, t, b) : nullptr;
         block.g_n[r] = K == 0 && rows.g_n.data ? rows.g_n.data + b * rows.g_n.row : nullptr;
         block.y[r] = s.row(rows.y, t, b);
-        block.kept[r] = keep_d ? kept.get() + walk.slot(t, b) * H : nullptr;
+        block.d_exact[r] = keep_d ? d_exact.get() + walk.slot(t, b) * H : nullptr;
         if (plain) continue;
         block.mask[r] = mask_row(b);
         block.restart[r] = restarts ? restart_row(b) : nullptr;
@@ -354,7 +350,7 @@ class AdjointLoop {
   const Panels<P> weight_hh;
   const Cut cut;
   Buffer<P> du;
-  Buffer<C> kept;
+  Buffer<C> d_exact;
   const bool keep_d;
   Buffer<C> states;
   Buffer<C> restarts;
@@ -371,7 +367,9 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   const Panels<P> weight_hh{panels.get(), p.H, p.H, s.B <= kFewRows};
   const int64_t chunk_rows = rows_per_chunk(s, p.H, p.H);
   const Cut cut = cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H);
-  AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, kAdjointCells<S, GivenGate>,
+  // d is wanted, so that it never is a plain one.
+  const AdjointCells<S> cells{.full = adjoint_cell<S, GivenGate>};
+  AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, cells,
                       {p.g, {}, p.gate, p.mask, p.d, p.d0, p.restart}, weight_hh, chunk_rows, cut,
                       false);
   run_team(parallel, cut.threads, [&](const Team& team) {
@@ -387,8 +385,7 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   loop.finish();
 }
 
-// ---- tangent
-// ----------------------------------------------------------------------------------------------------
+// ---- tangent ------------------------------------------------------------------------------------
 
 template <class S>
 class TangentLoop {

@@ -147,7 +147,7 @@ struct Panels {
 // terms: asked for all at once they would wait for each other, and the tile for them.
 class Lines {
  public:
-  Lines() {}  // the lines that are not there yet are left as they are
+  Lines() {}  // leaves `line` uninitialised, which would take time to clear
   template <class S>
   TORCH_BPTT_INLINE void add(const S* row, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end && count < kMost; j += 64 / int64_t(sizeof(S)))

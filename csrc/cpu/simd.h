@@ -13,7 +13,6 @@
 
 #include <cstdint>
 
-#include "../core/activations.h"
 #include "../core/problem.h"
 
 #define TORCH_BPTT_KERNELS_BEGIN \

@@ -41,8 +41,9 @@ class WeightGradients {
 
   bool wanted() const { return products() || p.grad_bias || p.grad_alpha; }
 
-  // Adds a chunk to the sums, or starts them: the thread's share of the parts, or of the rows of
-  // dW. du (rows of the chunk, H), and so d, which is read for the gradient of alpha alone.
+  // Adds a chunk to the sums; with `start` sets them to it. Each thread does its share of the
+  // parts, or with one part its share of the rows of dW. du and d have a row of H for each row of
+  // the chunk; d is read for the gradient of alpha alone.
   void add(const Chunk& chunk, const P* du, const Compute<S>* d, bool start, const Team& team) {
     if (p.parts == 1) {
       const Summed all{0, 0, team};

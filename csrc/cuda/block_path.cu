@@ -13,12 +13,10 @@ namespace torch_bptt::cuda {
 
 namespace {
 
-constexpr int kUnits = 4;  // of a row, that a thread finishes together
-
 // ---- products: the weight in registers, times a place -------------------------------------------
 //
 // A place has ROWS rows of WIDTH elements, WIDTH >= H, behind H zeros. A thread has kGroups
-// results, each of kUnits units of a row.
+// results, each of kQuad units of a row.
 
 template <class S, int WIDTH>
 constexpr int kRowBytes = WIDTH * int(sizeof(S)) + 16;  // eight rows lie in different banks
@@ -36,7 +34,7 @@ class TensorBlock {
   static constexpr bool kReadsAhead = WIDTH <= 128;  // else the weight takes the registers for it
 
   TORCH_BPTT_DEVICE explicit TensorBlock(const Loop<S>& loop) : lane(int(lane_index())) {
-    const bool pairs = loop.H % kElements == 0 && reinterpret_cast<uintptr_t>(loop.weight) % 4 == 0;
+    const bool words = reads_words<S, Product>(loop);
     TORCH_BPTT_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       TORCH_BPTT_UNROLL
@@ -45,7 +43,7 @@ class TensorBlock {
         for (int i = 0; i < 4; ++i) {
           const int row = Product::unit(lane, chunk, i);
           const int64_t j = first_unit(tile) + row % 8 * 2 + row / 8;  // 8 rows apart: neighbours
-          weight[chunk][tile][i] = read(loop, j, Product::k(lane, chunk, i), pairs);
+          weight[chunk][tile][i] = read(loop, j, Product::k(lane, chunk, i), words);
         }
       }
     }
@@ -88,9 +86,9 @@ class TensorBlock {
     return group % kOctets * 8 + lane % 4 * 2 + has_second_row();
   }
   TORCH_BPTT_DEVICE int unit(int group) const {
-    return first_unit(group / kOctets) + lane / 8 * kUnits;
+    return first_unit(group / kOctets) + lane / 8 * kQuad;
   }
-  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const { return results[group]; }
+  TORCH_BPTT_DEVICE Elements<C, kQuad> result(int group) const { return results[group]; }
 
  private:
   // Two products are enough to wait for each other; one needs more chains.
@@ -103,15 +101,17 @@ class TensorBlock {
     return (int(warp_index()) * kTiles + tile) * 16;
   }
 
-  static TORCH_BPTT_DEVICE uint32_t read(const Loop<S>& loop, int64_t j, int64_t k, bool pairs) {
+  // In branches: without them the registers do not suffice for the widest weight.
+  static TORCH_BPTT_DEVICE uint32_t read(const Loop<S>& loop, int64_t j, int64_t k, bool words) {
     S elements[kElements] = {};
-    const S* from = loop.weight + j * loop.H + k;
-    if (pairs && j < loop.H && k < loop.H)
+    const S* const from = loop.weight + j * loop.H + k;
+    if (words && j < loop.H && k < loop.H) {
       __builtin_memcpy(elements, __builtin_assume_aligned(from, 4), 4);
-    else
+    } else {
       TORCH_BPTT_UNROLL
-    for (int e = 0; e < kElements; ++e)
-      if (j < loop.H && k + e < loop.H) elements[e] = from[e];
+      for (int e = 0; e < kElements; ++e)
+        if (j < loop.H && k + e < loop.H) elements[e] = from[e];
+    }
     elements[0] = rounded(elements[0]);
     uint32_t bits;
     __builtin_memcpy(&bits, elements, 4);
@@ -120,7 +120,7 @@ class TensorBlock {
 
   int lane;
   uint32_t weight[kChunks][kTiles][4];
-  Elements<C, kUnits> results[kGroups];
+  Elements<C, kQuad> results[kGroups];
 };
 
 // Single multiply-adds: eight threads share the sums of four units, 16 bytes of a row in turn.
@@ -128,14 +128,14 @@ template <class S, int WIDTH, int ROWS>
 class PlainBlock {
  public:
   using C = Compute<S>;
-  static constexpr int kParts = 8, kThreads = WIDTH / kUnits * kParts, kRows = ROWS, kWidth = WIDTH,
+  static constexpr int kParts = 8, kThreads = WIDTH / kQuad * kParts, kRows = ROWS, kWidth = WIDTH,
                        kGroups = (ROWS + kParts - 1) / kParts;
   static constexpr bool kReadsAhead = WIDTH * sizeof(S) <= 512;
 
   TORCH_BPTT_DEVICE explicit PlainBlock(const Loop<S>& loop)
-      : part(int(thread_index()) % kParts), first(int(thread_index()) / kParts * kUnits) {
+      : part(int(thread_index()) % kParts), first(int(thread_index()) / kParts * kQuad) {
     TORCH_BPTT_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kQuad; ++u) {
       TORCH_BPTT_UNROLL
       for (int k = 0; k < kTerms; ++k) {
         const int64_t j = first + u, column = (k / kVector * kParts + part) * kVector + k % kVector;
@@ -150,7 +150,7 @@ class PlainBlock {
   TORCH_BPTT_DEVICE void multiply(const unsigned char* place) {
     TORCH_BPTT_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      C sums[kUnits] = {};
+      C sums[kQuad] = {};
       TORCH_BPTT_UNROLL
       for (int piece = 0; piece < kTerms / kVector; ++piece) {
         const Words4 words =
@@ -160,12 +160,12 @@ class PlainBlock {
         TORCH_BPTT_UNROLL
         for (int e = 0; e < kVector; ++e) {
           TORCH_BPTT_UNROLL
-          for (int u = 0; u < kUnits; ++u)
+          for (int u = 0; u < kQuad; ++u)
             sums[u] += weight[u][piece * kVector + e] * widen(elements[e]);
         }
       }
       TORCH_BPTT_UNROLL
-      for (int u = 0; u < kUnits; ++u) {
+      for (int u = 0; u < kQuad; ++u) {
         TORCH_BPTT_UNROLL
         for (int lanes = kParts / 2; lanes > 0; lanes /= 2)
           sums[u] += warp_shuffle_xor(sums[u], lanes);
@@ -177,27 +177,25 @@ class PlainBlock {
   TORCH_BPTT_DEVICE bool finishes(int group) const { return row(group) < ROWS; }
   TORCH_BPTT_DEVICE int row(int group) const { return group * kParts + part; }
   TORCH_BPTT_DEVICE int unit(int) const { return first; }
-  TORCH_BPTT_DEVICE Elements<C, kUnits> result(int group) const { return results[group]; }
+  TORCH_BPTT_DEVICE Elements<C, kQuad> result(int group) const { return results[group]; }
 
  private:
   static constexpr int kVector = 16 / sizeof(S), kTerms = WIDTH / kParts;
   static_assert(kTerms % kVector == 0);
 
   int part, first;
-  C weight[kUnits][kTerms];
-  Elements<C, kUnits> results[kGroups] = {};
+  C weight[kQuad][kTerms];
+  Elements<C, kQuad> results[kGroups] = {};
 };
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-constexpr int64_t kPrefetched = 4;  // steps that inputs are brought closer ahead of time
-
 // What enters a product, at its place.
 template <class Product, class S>
 TORCH_BPTT_DEVICE void put(unsigned char* place, int row, int j, int count,
-                           Elements<S, kUnits> values) {
-  for_elements<kUnits>(kUnits,
-                       [&](int e) { values[e] = e < count ? Product::rounded(values[e]) : S{}; });
+                           Elements<S, kQuad> values) {
+  for_elements<kQuad>(kQuad,
+                      [&](int e) { values[e] = e < count ? Product::rounded(values[e]) : S{}; });
   constexpr int kAligned = sizeof(values) < 16 ? sizeof(values) : 16;
   unsigned char* const to = place + row * kRowBytes<S, Product::kWidth> + j * int(sizeof(S));
   __builtin_memcpy(__builtin_assume_aligned(to, kAligned), &values, sizeof(values));
@@ -223,16 +221,16 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
   const auto row_of = [&](int group) { return row0 + product.row(group); };
   const auto count_of = [&](int group) {
     const int left = int(loop.H) - product.unit(group);
-    return KNOWN::kAligned || left > kUnits ? kUnits : left;
+    return KNOWN::kAligned || left > kQuad ? kQuad : left;
   };
   const auto is_mine = [&](int group) {
     return product.unit(group) < loop.H && product.finishes(group) &&
            row_of(group) < loop.schedule.B;
   };
 
-  Constants<S, kUnits> constants[kGroups];
-  Elements<C, kUnits> leaking[kGroups] = {};
-  Inputs<S, kUnits> inputs[kGroups];
+  Constants<S, kQuad> constants[kGroups];
+  Elements<C, kQuad> leaking[kGroups] = {};
+  Inputs<S, kQuad> inputs[kGroups];
   Sources<S> sources[kGroups];
   Targets<S> targets[kGroups];
   sync_block();
@@ -243,13 +241,13 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       const int64_t b = row_of(group);
       const int j = product.unit(group), count = count_of(group);
       if (!is_mine(group)) continue;
-      if (kKeeps) constants[group] = first.template constants<kUnits>(b, j, count);
+      if (kKeeps) constants[group] = first.template constants<kQuad>(b, j, count);
       if (!first.has(b)) continue;
       sources[group] = first.sources(b, j), targets[group] = first.targets(b, j);
-      if (kKeeps) leaking[group] = first.template leaking<kUnits>(b, j, count);
-      inputs[group] = first.template inputs<kUnits>(b, j, count, sources[group]);
+      if (kKeeps) leaking[group] = first.template leaking<kQuad>(b, j, count);
+      inputs[group] = first.template inputs<kQuad>(b, j, count, sources[group]);
       put<Product>(places, product.row(group), j, count,
-                   first.template entering<kUnits>(b, j, count));
+                   first.template entering<kQuad>(b, j, count));
     }
   }
   const int many = int(steps.end - steps.begin);
@@ -260,7 +258,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     const int64_t i = steps.begin + s;
     const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
     Origin origin[kGroups] = {};
-    Inputs<S, kUnits> ahead[kGroups];
+    Inputs<S, kQuad> ahead[kGroups];
     TORCH_BPTT_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       const int64_t b = row_of(group);
@@ -270,15 +268,15 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       if (j % 32 == 0 && s + kPrefetched < many && later.has(b))
         later.prefetch(b, kFollows ? sources[group].after(kPrefetched, pace) : later.sources(b, j));
       if (!Product::kReadsAhead && s > 0 && step.has(b))
-        inputs[group] = step.template inputs<kUnits>(b, j, count, step.sources(b, j));
+        inputs[group] = step.template inputs<kQuad>(b, j, count, step.sources(b, j));
       if (last || !next.has(b)) continue;
       origin[group] = next.origin(b);
       if (!Product::kReadsAhead) continue;
       sources[group] = kFollows ? sources[group].after(1, pace) : next.sources(b, j);
-      ahead[group] = next.template inputs<kUnits>(b, j, count, sources[group]);
+      ahead[group] = next.template inputs<kQuad>(b, j, count, sources[group]);
     }
     sync_block();
-    Terms<S, kUnits> terms[kGroups];
+    Terms<S, kQuad> terms[kGroups];
     if (Product::kReadsAhead) {  // while the product waits for its factors
       TORCH_BPTT_UNROLL
       for (int group = 0; group < kGroups; ++group)
@@ -291,16 +289,16 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
       const int j = product.unit(group), count = count_of(group);
       const bool exists = is_mine(group) && step.has(b);
       if (!kKeeps && is_mine(group)) {
-        constants[group] = step.template constants<kUnits>(b, j, count);
-        if (step.has(b)) leaking[group] = step.template leaking<kUnits>(b, j, count);
+        constants[group] = step.template constants<kQuad>(b, j, count);
+        if (step.has(b)) leaking[group] = step.template leaking<kQuad>(b, j, count);
       }
       if (!Product::kReadsAhead) terms[group] = step.terms(inputs[group], constants[group]);
-      Finished<S, kUnits> finished;
+      Finished<S, kQuad> finished;
       if (exists)
-        finished = step.template finish<kUnits>(b, j, count, product.result(group), leaking[group],
-                                                terms[group], constants[group]);
+        finished = step.template finish<kQuad>(b, j, count, product.result(group), leaking[group],
+                                               terms[group], constants[group]);
       if (is_mine(group) && !last && next.has(b)) {
-        const auto state = next.template arriving<kUnits>(origin[group], b, j, count, finished);
+        const auto state = next.template arriving<kQuad>(origin[group], b, j, count, finished);
         if (kKeeps) leaking[group] = next.leaking(finished, state);
         put<Product>(there, product.row(group), j, count, next.entering(state, constants[group]));
       }
@@ -325,7 +323,7 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
   how.threads = Product::kThreads;
   how.shared_bytes = 2 * Product::kRows * kRowBytes<S, Product::kWidth>;
   how.stream = stream;
-  return run_knowing(loop, kUnits, [&](auto known) -> Error {
+  return run_knowing(loop, kQuad, [&](auto known) -> Error {
     const auto kernel = block_kernel<S, Product, decltype(known)>;
     if (Error error = prepare(kernel, how)) return error;
     return run_in_parts(steps,
@@ -336,17 +334,17 @@ Error run_product(const Loop<S>& loop, Steps steps, void* stream) {
 template <class S, int WIDTH>
 Error run_width(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   if constexpr (sizeof(S) < 8) {
-    if (plan.units == Units::tensor && plan.rows == 8)
+    if (plan.arithmetic == Arithmetic::tensor && plan.rows == 8)
       return run_product<S, TensorBlock<S, WIDTH, 8>>(loop, steps, stream);
     if constexpr (WIDTH <= 128)  // beyond, a thread has registers for fewer rows
-      if (plan.units == Units::tensor && plan.rows == 16)
+      if (plan.arithmetic == Arithmetic::tensor && plan.rows == 16)
         return run_product<S, TensorBlock<S, WIDTH, 16>>(loop, steps, stream);
   }
   if constexpr (sizeof(S) >= 4) {
-    if (plan.units == Units::plain && plan.rows == 1)
+    if (plan.arithmetic == Arithmetic::plain && plan.rows == 1)
       return run_product<S, PlainBlock<S, WIDTH, 1>>(loop, steps, stream);
     if constexpr (WIDTH * sizeof(S) <= 512)
-      if (plan.units == Units::plain && plan.rows == 4)
+      if (plan.arithmetic == Arithmetic::plain && plan.rows == 4)
         return run_product<S, PlainBlock<S, WIDTH, 4>>(loop, steps, stream);
   }
   return "the plan asks for a product that was not compiled";
@@ -363,9 +361,9 @@ Error run_block_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* s
   return "the plan asks for a width that was not compiled";
 }
 
-template Error run_block_path(const Loop<float>&, Steps, const Plan&, void*);
-template Error run_block_path(const Loop<double>&, Steps, const Plan&, void*);
-template Error run_block_path(const Loop<bfloat16>&, Steps, const Plan&, void*);
-template Error run_block_path(const Loop<float16>&, Steps, const Plan&, void*);
+#define TORCH_BPTT_ENTRY(S) \
+  template Error run_block_path(const Loop<S>&, Steps, const Plan&, void*);
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 
 }  // namespace torch_bptt::cuda

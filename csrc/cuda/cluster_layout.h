@@ -8,7 +8,7 @@
 
 namespace torch_bptt::cuda {
 
-// Block r of a cluster owns `units` of the H units, from r units on, and keeps their rows of the
+// Block r of a cluster owns the units [r units, (r + 1) units) of H, and keeps their rows of the
 // weight from the first step to the last. It computes them for `rows` rows of the batch. Its warps
 // are cut by units, 16 to a tile, and by parts of the sum, so that each has a tile and a part.
 struct ClusterLayout : Tiles {
@@ -29,24 +29,23 @@ struct ClusterLayout : Tiles {
   // what travels is what there is.
   constexpr ClusterLayout(int64_t H, int size, int cluster, int rows)
       : cluster(cluster), rows(rows) {
-    units = int(up((H + cluster - 1) / cluster, kTileUnits));
+    units = int(round_up(ceil_div(H, cluster), kTileUnits));
     tiles = units / kTileUnits;
     parts = kMaxThreads / 32 / tiles;
     if (parts < 1) parts = 1;
     threads = tiles * parts * 32;
-    const int64_t all = (H * size + kChunkBytes - 1) / kChunkBytes;
-    chunks = int(up((all + parts - 1) / parts, kUnrolled));
+    chunks = int(round_up(ceil_div(ceil_div(H * size, kChunkBytes), parts), kUnrolled));
     shared_chunks = chunks > kRegisterChunks ? chunks - kRegisterChunks : 0;
     // Room for the chunks of all parts and for the units of all blocks. 16 bytes more than a
     // multiple of 128, so that eight rows lie in different banks.
     const int read = parts * chunks * kChunkBytes, written = cluster * units * size;
-    row_bytes = int(up(read > written ? read : written, 128)) + 16;
-    const int multiplied = int(up(rows, kTileRows));
+    row_bytes = int(round_up(read > written ? read : written, 128)) + 16;
+    const int multiplied = int(round_up(rows, kTileRows));
     place_bytes = multiplied * row_bytes;
     sum_stride = units + 4;  // for the banks again
     part_sums = multiplied * sum_stride;
     sums = kPlaces + 2 * place_bytes;
-    weights = int(up(sums + parts * part_sums * 4, 128));
+    weights = int(round_up(sums + parts * part_sums * 4, 128));
     shared_bytes = weights + int64_t(tiles) * parts * shared_chunks * kWeightBytes;
   }
 

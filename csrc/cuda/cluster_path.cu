@@ -286,7 +286,7 @@ template <class S, class Product>
 Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
   const ClusterLayout layout(loop.H, sizeof(S), plan.cluster, plan.rows);
   Launch how;
-  how.grid.x = unsigned(ClusterLayout::up(loop.schedule.B, plan.rows) / plan.rows * plan.cluster);
+  how.grid.x = unsigned(ceil_div(loop.schedule.B, plan.rows) * plan.cluster);
   how.threads = layout.threads;
   how.cluster = plan.cluster;
   how.shared_bytes = layout.shared_bytes;
@@ -303,7 +303,8 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
 
 template <class S>
 Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* stream) {
-  if (plan.units == Units::tensor) return run<S, TensorProduct<S, 4>>(loop, steps, plan, stream);
+  if (plan.arithmetic == Arithmetic::tensor)
+    return run<S, TensorProduct<S, 4>>(loop, steps, plan, stream);
   if constexpr (std::is_same_v<S, float>) return run<S, PlainProduct>(loop, steps, plan, stream);
   return "the plan asks for a product that was not compiled";
 }

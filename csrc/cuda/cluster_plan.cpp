@@ -12,20 +12,19 @@ namespace {
 constexpr double kFixedCycles = 900;  // reading, adding parts up, the activation, one exchange
 constexpr double kBeginNs = 5000;     // of the whole loop: the launch, the cluster's first meeting
 
-double estimated_step_ns(const DeviceFacts& device, const Task& task, Units units,
+double estimated_step_ns(const DeviceFacts& device, const Task& task, Arithmetic arithmetic,
                          const ClusterLayout& layout) {
-  const double groups =
-                   double((layout.rows + ClusterLayout::kTileRows - 1) / ClusterLayout::kTileRows),
+  const double groups = double(ceil_div(layout.rows, ClusterLayout::kTileRows)),
                warps = layout.threads / 32.0;
-  const double product =
-      groups * layout.chunks * warps / 4 * (units == Units::tensor ? kTensorCycles : kPlainCycles);
+  const double product = groups * layout.chunks * warps / 4 *
+                         (arithmetic == Arithmetic::tensor ? kTensorCycles : kPlainCycles);
   const double weights =
       groups * layout.shared_chunks * warps * ClusterLayout::kWeightBytes / kSharedBytesPerCycle;
   const double letters = double(layout.rows) * double(task.H) * size_of(task.dtype) *
                          (layout.cluster - 1) / layout.cluster / kExchangeBytesPerNs;
-  const int64_t clusters = ClusterLayout::up(task.B, layout.rows) / layout.rows,
+  const int64_t clusters = ceil_div(task.B, layout.rows),
                 resident = resident_clusters(device, layout.cluster),
-                waves = (clusters + resident - 1) / resident;
+                waves = ceil_div(clusters, resident);
   const double begin = kBeginNs + double(waves) * layout.units * double(task.H) *
                                       size_of(task.dtype) / kWeightBytesPerNs;
   return double(waves) * ((kFixedCycles + product + weights) / kClock + letters) +
@@ -46,20 +45,20 @@ int64_t resident_clusters(const DeviceFacts& device, int cluster) {
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1) return false;
   const bool tensor = has_tensor_units(device, task);
-  const Units units = tensor ? Units::tensor : Units::plain;
+  const Arithmetic arithmetic = tensor ? Arithmetic::tensor : Arithmetic::plain;
   *plan = {};
   for (int cluster = 2; cluster <= device.largest_cluster; cluster *= 2) {
     // Few rows each, so that little travels in each cluster; no more than all clusters at a time.
     for (int rows = 1; rows <= 64 && rows < task.B + 8; rows += rows < 8 ? 1 : 8) {
       const ClusterLayout layout(task.H, size_of(task.dtype), cluster, rows);
       if (!layout.fits(device.shared_bytes)) continue;
-      const double step_ns = estimated_step_ns(device, task, units, layout);
+      const double step_ns = estimated_step_ns(device, task, arithmetic, layout);
       if (plan->blocks && step_ns >= plan->step_ns) continue;
       plan->path = Path::cluster;
-      plan->units = units;
+      plan->arithmetic = arithmetic;
       plan->rows = rows;
       plan->cluster = cluster;
-      plan->blocks = ClusterLayout::up(task.B, rows) / rows * cluster;
+      plan->blocks = round_up(task.B, rows) / rows * cluster;
       plan->threads = layout.threads;
       plan->shared_bytes = layout.shared_bytes;
       plan->step_ns = step_ns;

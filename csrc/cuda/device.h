@@ -4,8 +4,8 @@
 // where tests/cuda_on_host runs every thread as a fiber. Three rules keep that possible:
 //   - kernels start through launch(), never through <<<>>>;
 //   - shared memory is shared_memory(), none of it static;
-//   - a block is one-dimensional, of whole warps, and functions named warp_* or of a matrix
-//     are called by all 32 lanes of a warp together.
+//   - a block is one-dimensional, of whole warps, and functions named warp_* are called by all 32
+//     lanes of a warp together.
 #pragma once
 
 #include <cstddef>
@@ -204,15 +204,9 @@ TORCH_BPTT_DEVICE void let_next_kernel_start() {
 }
 
 template <class V>
-TORCH_BPTT_DEVICE V warp_shuffle(V value, int lane) {
-  return __shfl_sync(~0u, value, lane);
-}
-template <class V>
 TORCH_BPTT_DEVICE V warp_shuffle_xor(V value, int lanes) {
   return __shfl_xor_sync(~0u, value, lanes);
 }
-TORCH_BPTT_DEVICE bool warp_any(bool value) { return __any_sync(~0u, value); }
-TORCH_BPTT_DEVICE unsigned warp_ballot(bool value) { return __ballot_sync(~0u, value); }
 
 // ---- converting ---------------------------------------------------------------------------------
 
@@ -307,12 +301,9 @@ TORCH_BPTT_DEVICE void prefetch_line(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
-// The compiler moves no read across: it has no more of them, and of registers for them, under way
-// than lie between two of these.
+// The compiler moves no read across. So no more of them are under way, which take registers, than
+// lie between two of these.
 TORCH_BPTT_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
-
-// Leaves a code where the host finds it; the first one stays.
-TORCH_BPTT_DEVICE void report(int* error_word, int code) { atomicCAS(error_word, 0, code); }
 
 // ---- a whole grid (Launch::whole_grid) ----------------------------------------------------------
 //
@@ -391,33 +382,12 @@ TORCH_BPTT_DEVICE void warp_mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // Matrix i of 8 x 8 16-bit elements lies at the 8 rows (16 bytes each) that lanes 8 i to 8 i + 7
-// point to; register i then holds of it (row g, columns 2t and 2t + 1), transposed with TRANSPOSE.
-template <bool TRANSPOSE = false>
+// point to; register i then holds of it (row g, columns 2t and 2t + 1).
 TORCH_BPTT_DEVICE void warp_load_matrices(uint32_t (&to)[4], const void* row) {
-  if constexpr (TRANSPOSE)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-// Two matrices, at the rows of lanes 0 to 15.
-template <bool TRANSPOSE = false>
-TORCH_BPTT_DEVICE void warp_load_matrices(uint32_t (&to)[2], const void* row) {
-  if constexpr (TRANSPOSE)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1])
-                 : "r"(shared_address(row))
-                 : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // ---- clusters (sm_90 and later) -----------------------------------------------------------------
@@ -434,11 +404,6 @@ TORCH_BPTT_DEVICE unsigned cluster_rank() {
   unsigned rank;
   asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
   return rank;
-}
-TORCH_BPTT_DEVICE unsigned cluster_blocks() {
-  unsigned blocks;
-  asm volatile("mov.u32 %0, %cluster_nctarank;" : "=r"(blocks));
-  return blocks;
 }
 // All threads of all blocks of the cluster meet; what they wrote before is seen after.
 TORCH_BPTT_DEVICE void sync_cluster() {
@@ -503,26 +468,14 @@ TORCH_BPTT_DEVICE void wait_for_mail(Mailbox* box, unsigned parity) {
     if (nanoseconds() - start > 10000000000) __trap();
   }
 }
-// Sends 16 (or 8, or 4) bytes into another block's shared memory, and tells its mailbox when they
-// have come. Aligned to their size.
+// Sends 16 bytes, aligned to as many, into another block's shared memory, and tells its mailbox
+// when they have come.
 TORCH_BPTT_DEVICE void send(Remote to, const Words4& value, Remote box) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::
           "r"(to.address),
       "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3]),
       "r"(box.address)
-      : "memory");
-}
-TORCH_BPTT_DEVICE void send(Remote to, uint64_t value, Remote box) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to.address),
-      "l"(value), "r"(box.address)
-      : "memory");
-}
-TORCH_BPTT_DEVICE void send(Remote to, uint32_t value, Remote box) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to.address),
-      "r"(value), "r"(box.address)
       : "memory");
 }
 
@@ -569,29 +522,5 @@ struct DeviceMath {
     return quotient(z < 0 ? e : C(1), 1 + e);
   }
 };
-
-// f(z) and f'(z) as a function of f(z). The activation is the same for all threads.
-template <class C>
-TORCH_BPTT_DEVICE C activate(Activation activation, C z) {
-  switch (activation) {
-#define TORCH_BPTT_ENTRY(name, type) \
-  case Activation::name:             \
-    return type::value<DeviceMath>(z);
-    TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
-#undef TORCH_BPTT_ENTRY
-  }
-  return z;
-}
-template <class C>
-TORCH_BPTT_DEVICE C slope(Activation activation, C y) {
-  switch (activation) {
-#define TORCH_BPTT_ENTRY(name, type) \
-  case Activation::name:             \
-    return type::slope(y);
-    TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
-#undef TORCH_BPTT_ENTRY
-  }
-  return y;
-}
 
 }  // namespace torch_bptt::cuda

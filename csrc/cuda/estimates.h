@@ -2,8 +2,6 @@
 // and H200, to be replaced by measurements on the device itself.
 #pragma once
 
-#include <cstdint>
-
 namespace torch_bptt::cuda {
 
 constexpr double kClock = 1.7;      // cycles for each nanosecond
@@ -17,7 +15,5 @@ constexpr double kSharedBytesPerCycle = 128;
 constexpr double kCacheBytesPerNs = 45;     // from the second-level cache
 constexpr double kWeightBytesPerNs = 20;    // the same in pieces of 4 bytes
 constexpr double kExchangeBytesPerNs = 21;  // from the others of its cluster
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace torch_bptt::cuda

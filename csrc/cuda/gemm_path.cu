@@ -107,13 +107,10 @@ Error finish_step(const Loop<S>& loop, int64_t i, int64_t rows, const Compute<S>
   return run(finish_kernel<S, true>, finish_kernel<S, false>, loop, i, rows, products, stream);
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                                          \
+#define TORCH_BPTT_ENTRY(S)                                                \
   template Error gather_step(const Loop<S>&, int64_t, int64_t, S*, void*); \
   template Error finish_step(const Loop<S>&, int64_t, int64_t, const Compute<S>*, void*);
-TORCH_BPTT_FOR_STORAGE(float)
-TORCH_BPTT_FOR_STORAGE(double)
-TORCH_BPTT_FOR_STORAGE(bfloat16)
-TORCH_BPTT_FOR_STORAGE(float16)
-#undef TORCH_BPTT_FOR_STORAGE
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 
 }  // namespace torch_bptt::cuda

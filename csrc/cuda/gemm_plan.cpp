@@ -3,6 +3,7 @@
 
 #include "estimates.h"
 #include "plan.h"
+#include "tiles.h"
 
 namespace torch_bptt::cuda {
 
@@ -48,7 +49,7 @@ bool plan_gemm(const DeviceFacts& device, const Task& task, Plan* plan) {
   const FinishTile tile(task.H, size_of(task.dtype));
   *plan = {};
   plan->path = Path::gemm;
-  plan->units = tensor ? Units::tensor : Units::plain;
+  plan->arithmetic = tensor ? Arithmetic::tensor : Arithmetic::plain;
   plan->rows = tile.rows();
   plan->blocks = ceil_div(task.B, tile.rows()) * ceil_div(task.H, tile.columns());
   plan->threads = tile.kThreads;

@@ -10,10 +10,10 @@
 
 namespace torch_bptt::cuda {
 
-// Cluster q has units [q, q + 1) `units`. Block r of a cluster keeps of their rows of the weight
-// the columns [r, r + 1) slice_bytes: the sum is cut over the blocks of a cluster. Each block adds
-// up and finishes `own_units` of its cluster's units; in the order of the blocks of the grid, so
-// that block i finishes units [i, i + 1) own_units.
+// Cluster q has the units [q units, (q + 1) units). Block r of a cluster keeps of their rows of the
+// weight the bytes [r slice_bytes, (r + 1) slice_bytes): the sum is cut over the blocks of a
+// cluster. Each block adds up and finishes `own_units` of its cluster's units; in the order of the
+// blocks of the grid, so that block i finishes the units [i own_units, (i + 1) own_units).
 //
 // The warps of a block are cut by units, `across` of them with `tiles` tiles each, and by parts of
 // its slice. The batch goes in groups of rows, one group after the other.
@@ -47,34 +47,33 @@ struct GridLayout : Tiles {
       : cluster(cluster), rows(rows), batch(int(B)), tiles(tiles) {
     // A block finishes whole quads.
     const int multiple = cluster * kQuad > kTileUnits ? cluster * kQuad : kTileUnits;
-    units = int(up((H + most_clusters - 1) / most_clusters, multiple));
+    units = int(round_up(ceil_div(H, most_clusters), multiple));
     own_units = units / cluster;
-    clusters = int((H + units - 1) / units);
-    groups = int((B + rows - 1) / rows);
+    clusters = int(ceil_div(H, units));
+    groups = int(ceil_div(B, rows));
     places = groups > 1 ? 2 : 1;
-    across = (units / kTileUnits + tiles - 1) / tiles;
+    across = int(ceil_div(units / kTileUnits, tiles));
     parts = kMaxThreads / 32 / across;
     if (parts < 1) parts = 1;
     threads = across * parts * 32;
-    const int64_t all = (H * size + kChunkBytes - 1) / kChunkBytes;
-    const int64_t of_block = (all + cluster - 1) / cluster;
-    chunks = int(up((of_block + parts - 1) / parts, 2));
+    const int64_t of_block = ceil_div(ceil_div(H * size, kChunkBytes), cluster);
+    chunks = int(round_up(ceil_div(of_block, parts), 2));
     const int in_registers = register_chunks(tiles);
     shared_chunks = chunks > in_registers ? chunks - in_registers : 0;
     slice_bytes = parts * chunks * kChunkBytes;
     // 16 bytes more than a multiple of 128, so that eight rows lie in different banks.
-    row_bytes = int(up(slice_bytes, 128)) + 16;
+    row_bytes = int(round_up(slice_bytes, 128)) + 16;
     place_bytes = rows * row_bytes;
     sum_stride = across * tiles * kTileUnits + 4;  // for the banks again
     part_sums = rows * sum_stride;
     sums = kPlaces + places * place_bytes;
     box_bytes = cluster * rows * own_units * 4;
-    letters = int(up(sums + int64_t(parts) * part_sums * 4, 16));
-    weights = int(up(letters + int64_t(2) * groups * box_bytes, 128));
+    letters = int(round_up(sums + int64_t(parts) * part_sums * 4, 16));
+    weights = int(round_up(letters + int64_t(2) * groups * box_bytes, 128));
     shared_bytes = weights + int64_t(across) * parts * tiles * shared_chunks * kWeightBytes;
     state_row_bytes = int64_t(cluster) * slice_bytes;
     state_bytes = B * state_row_bytes;
-    flag_bytes = up(int64_t(groups) * blocks() * 4, 256);
+    flag_bytes = round_up(int64_t(groups) * blocks() * 4, 256);
   }
 
   TORCH_BPTT_INLINE constexpr int blocks() const { return clusters * cluster; }

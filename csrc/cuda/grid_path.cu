@@ -446,7 +446,7 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void
 template <class S>
 Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* workspace,
                     void* stream) {
-  if (plan.units == Units::tensor) {
+  if (plan.arithmetic == Arithmetic::tensor) {
     if (plan.tile == 1) return run<S, TensorProduct<S, 2>, 1>(loop, steps, plan, workspace, stream);
     if (plan.tile == 2) return run<S, TensorProduct<S, 2>, 2>(loop, steps, plan, workspace, stream);
     if (plan.tile == 3) return run<S, TensorProduct<S, 2>, 3>(loop, steps, plan, workspace, stream);

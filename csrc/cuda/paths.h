@@ -23,12 +23,12 @@ Error run_cluster_path(const Loop<S>& loop, Steps steps, const Plan& plan, void*
 template <class S>
 Error run_grid_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* workspace,
                     void* stream);
-// Clusters of so many blocks that the current device, which has clusters, runs at a time of that
-// path's kernels with so much shared memory; 0: none.
-int whole_grid_clusters(int cluster, int64_t shared_bytes);
-// Blocks of the largest cluster that the current device, which has clusters, runs of that path's
-// kernels with so much shared memory; 0: none.
+
+// For devices with clusters: of how many blocks the largest is that the current device can run, as
+// path cluster launches it with so much shared memory a block; 0: of none.
 int largest_cluster(int64_t shared_bytes);
+// And how many clusters of a size run at the same time, as path grid launches them; 0: none.
+int whole_grid_clusters(int cluster, int64_t shared_bytes);
 
 // Path gemm, around the product of step i, which is a library's and lies in rows of H
 // (gemm_path.cu): `to` becomes what it multiplies by the weight, for the first `rows` rows; and its

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "estimates.h"
+#include "tiles.h"
 
 namespace torch_bptt::cuda {
 
@@ -58,7 +59,7 @@ bool plan_step(const DeviceFacts& device, const Task& task, Plan* plan) {
   const StepTile& tile = kStepTiles[best];
   *plan = {};
   plan->path = Path::step;
-  plan->units = tensor ? Units::tensor : Units::plain;
+  plan->arithmetic = tensor ? Arithmetic::tensor : Arithmetic::plain;
   plan->tile = best;
   plan->rows = tile.rows;
   plan->blocks = ceil_div(task.H, tile.units) * ceil_div(task.B, tile.rows);
@@ -79,7 +80,7 @@ bool plan_block(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.T < 2) return false;
   *plan = {};
   plan->path = Path::block;
-  plan->units = tensor ? Units::tensor : Units::plain;
+  plan->arithmetic = tensor ? Arithmetic::tensor : Arithmetic::plain;
   const int few = tensor ? 8 : 1, many = tensor ? 16 : 4;
   // A wide weight leaves a thread registers for few rows.
   const bool wide = width * size_of(task.dtype) > 512 || width > 128;

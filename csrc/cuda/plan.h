@@ -1,8 +1,8 @@
 // Which path a loop takes on which device, and with what tiles: arithmetic on the host, without a
-// device. Which path is faster where are estimates until they are measured; they are marked.
+// device. What decides are estimated times, not measured ones: their constants are in estimates.h
+// and at the head of each plan.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "loops.h"
@@ -39,7 +39,7 @@ constexpr int size_of(Dtype dtype) {
 }
 
 // How products are computed. All add in float32, float64 in itself.
-enum class Units : int {
+enum class Arithmetic : int {
   plain,   // multiply-add of single numbers
   tensor,  // tensor cores: bfloat16, float16, and float32 rounded to tf32
 };
@@ -114,7 +114,7 @@ struct FinishTile {
 
 struct Plan {
   Path path{};
-  Units units{};
+  Arithmetic arithmetic{};
   int tile = 0;        // step: which of kStepTiles; grid: tiles of a warp
   int rows = 0;        // of the batch that go together
   int64_t batch = 0;   // grid: rows of a launch

@@ -38,7 +38,7 @@ class TensorProduct {
     warp_load_matrices(piece.of, rows + lane % 8 * row_bytes + lane / 8 * 16);
     return piece;
   }
-  // The `pair`th two chunks; known when it is compiled, or only whether it is even.
+  // Adds the chunks 2 pair and 2 pair + 1. The compiler has to know `pair`, or whether it is even.
   TORCH_BPTT_DEVICE void add(int pair, const uint32_t (&even)[4], const uint32_t (&odd)[4],
                              const Piece& piece) {
     const int chain = pair * 2 % CHAINS;

@@ -141,14 +141,11 @@ Error row_norms(const C* d, int64_t rows, int64_t H, C* norms, void* stream) {
   return launch(row_norms_kernel<C>, how, d, rows, H, norms);
 }
 
-#define TORCH_BPTT_FOR_STORAGE(S)                          \
+#define TORCH_BPTT_ENTRY(S)                                \
   template Error entering_rows(const Loop<S>&, S*, void*); \
   template Error alpha_sums(const Loop<S>&, const Compute<S>*, int64_t, Compute<S>*, void*);
-TORCH_BPTT_FOR_STORAGE(float)
-TORCH_BPTT_FOR_STORAGE(double)
-TORCH_BPTT_FOR_STORAGE(bfloat16)
-TORCH_BPTT_FOR_STORAGE(float16)
-#undef TORCH_BPTT_FOR_STORAGE
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 template Error row_norms(const float*, int64_t, int64_t, float*, void*);
 template Error row_norms(const double*, int64_t, int64_t, double*, void*);
 

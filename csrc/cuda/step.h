@@ -368,8 +368,7 @@ class Step {
     return finish_before_first(b, j, count, back);
   }
 
-  // Writes it for those who come after the loop; where there is a step for each kernel, for the
-  // next one as well.
+  // Stores the results that are read after the loop, and where each step is a kernel by the next.
   template <int N>
   TORCH_BPTT_DEVICE void write(int64_t b, int64_t j, int count, const Finished<S, N>& finished,
                                const Targets<S>& at) const {

@@ -73,11 +73,11 @@ TORCH_BPTT_DEVICE void read_rows(unsigned char* stage, const Loop<S>& loop, cons
 
 // Tensor cores: a warp computes 16 units by kRows rows. float is rounded to tf32.
 template <class S, int TILE>
-class TensorProduct {
+class TensorTile {
   static constexpr StepTile kTile = kStepTiles[TILE];
 
  public:
-  TORCH_BPTT_DEVICE TensorProduct() : lane(int(lane_index())) {
+  TORCH_BPTT_DEVICE TensorTile() : lane(int(lane_index())) {
     const int warp = int(warp_index());
     unit = warp % kAcross * 16;
     row = warp / kAcross % kDown * kRows;
@@ -137,13 +137,13 @@ class TensorProduct {
 
 // Single multiply-adds: a thread computes 4 units by 4 rows.
 template <class S, int TILE>
-class PlainProduct {
+class PlainTile {
   static constexpr StepTile kTile = kStepTiles[TILE];
 
  public:
   using C = Compute<S>;
 
-  TORCH_BPTT_DEVICE PlainProduct() {
+  TORCH_BPTT_DEVICE PlainTile() {
     const int thread = int(thread_index());
     unit = thread % kAcross;
     row = thread / kAcross % kDown;
@@ -205,8 +205,7 @@ template <class S, int TILE>
 __global__ void __launch_bounds__(kStepTiles[TILE].threads, 2)
     step_kernel(const __grid_constant__ Loop<S> loop, int64_t i, bool aligned) {
   using C = Compute<S>;
-  using Product =
-      std::conditional_t<TILE <= kTensorLarge, TensorProduct<S, TILE>, PlainProduct<S, TILE>>;
+  using Product = std::conditional_t<TILE <= kTensorLarge, TensorTile<S, TILE>, PlainTile<S, TILE>>;
   constexpr StepTile kTile = kStepTiles[TILE];
   constexpr int kElements = kTile.units * kTile.rows / kTile.threads;  // of a thread
   static_assert(kElements * kTile.threads == kTile.units * kTile.rows);
@@ -357,9 +356,8 @@ Error run_step_path(const Loop<S>& loop, Steps steps, const Plan& plan, void* st
   return "the plan asks for a product that was not compiled";
 }
 
-template Error run_step_path(const Loop<float>&, Steps, const Plan&, void*);
-template Error run_step_path(const Loop<double>&, Steps, const Plan&, void*);
-template Error run_step_path(const Loop<bfloat16>&, Steps, const Plan&, void*);
-template Error run_step_path(const Loop<float16>&, Steps, const Plan&, void*);
+#define TORCH_BPTT_ENTRY(S) template Error run_step_path(const Loop<S>&, Steps, const Plan&, void*);
+TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
 
 }  // namespace torch_bptt::cuda

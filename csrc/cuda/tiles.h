@@ -5,6 +5,9 @@
 
 namespace torch_bptt::cuda {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
 // Tiles of 16 units by 8 rows of the batch. The sum runs in chunks of 32 bytes of a row, two at a
 // time; of the weight, a chunk of a tile is 512 bytes, 16 for each thread of a warp.
 struct Tiles {
@@ -12,10 +15,6 @@ struct Tiles {
   static constexpr int kMaxThreads = 256;
   static constexpr int kRegisterChunks = 32;  // of each warp's weight: 128 registers
   static constexpr int kQuad = 4;             // each thread finishes so many units of a row
-
-  static constexpr int64_t up(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-  }
 };
 
 }  // namespace torch_bptt::cuda

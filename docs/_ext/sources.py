@@ -2,7 +2,7 @@
 
 A link may be followed by quotations from the file, in backticks:
 
-    [csrc/core/cell.h](../csrc/core/cell.h): `V leak(V p, V y,`, `struct StepOptions`
+    [csrc/core/cell.h](../csrc/core/cell.h): `V leak(V alpha, V p, V y)`
 
 Each has to be found there, white space aside; a name ``test_...`` has to be that of a test. So a
 link says what it points at without a line number, which nobody would keep up to date.

@@ -120,40 +120,21 @@ inline void let_next_kernel_start() {}
 template <class V>
 struct Shuffled {
   V value;
-  unsigned from;
+  int lanes;
   V result;
 
   static void combine(void* const* lanes) {
     for (int i = 0; i < kWarp; ++i) {
       auto* lane = static_cast<Shuffled*>(lanes[i]);
-      lane->result = static_cast<Shuffled*>(lanes[lane->from % kWarp])->value;
+      lane->result = static_cast<Shuffled*>(lanes[(i ^ lane->lanes) % kWarp])->value;
     }
   }
 };
 template <class V>
-V warp_shuffle(V value, int lane, Where where = Where::current()) {
-  Shuffled<V> mine{value, unsigned(lane), value};
-  host::warp_together("warp_shuffle", &mine, Shuffled<V>::combine, where);
-  return mine.result;
-}
-template <class V>
 V warp_shuffle_xor(V value, int lanes, Where where = Where::current()) {
-  return warp_shuffle(value, int(lane_index()) ^ lanes, where);
-}
-inline unsigned warp_ballot(bool value, Where where = Where::current()) {
-  unsigned votes = value;
-  host::warp_together(
-      "warp_ballot", &votes,
-      [](void* const* lanes) {
-        unsigned all = 0;
-        for (int i = 0; i < kWarp; ++i) all |= *static_cast<unsigned*>(lanes[i]) << i;
-        for (int i = 0; i < kWarp; ++i) *static_cast<unsigned*>(lanes[i]) = all;
-      },
-      where);
-  return votes;
-}
-inline bool warp_any(bool value, Where where = Where::current()) {
-  return warp_ballot(value, where) != 0;
+  Shuffled<V> mine{value, lanes, value};
+  host::warp_together("warp_shuffle_xor", &mine, Shuffled<V>::combine, where);
+  return mine.result;
 }
 
 // ---- converting ---------------------------------------------------------------------------------
@@ -242,9 +223,6 @@ inline void prefetch_line(const void* global) {
   static_cast<void>(*static_cast<const volatile unsigned char*>(global));
 }
 inline void keep_order() {}
-inline void report(int* error_word, int code) {
-  if (*error_word == 0) *error_word = code;
-}
 
 // ---- a whole grid -------------------------------------------------------------------------------
 
@@ -310,31 +288,23 @@ inline void warp_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
   host::warp_together("warp_mma_tf32", &mine, Mine::combine, where);
 }
 
-template <int MATRICES, bool TRANSPOSE>
 struct Matrices {
   uint32_t* to;
   const void* row;
 
   static void combine(void* const* lanes) {
     for (int lane = 0; lane < kWarp; ++lane)
-      for (int i = 0; i < MATRICES; ++i) {
-        const int g = lane / 4, t = 2 * (lane % 4);
-        uint16_t pair[2];
-        for (int e = 0; e < 2; ++e) {
-          const int row = TRANSPOSE ? t + e : g, column = TRANSPOSE ? g : t + e;
-          const auto* from = static_cast<const Matrices*>(lanes[8 * i + row])->row;
-          std::memcpy(&pair[e], static_cast<const uint16_t*>(from) + column, 2);
-        }
-        static_cast<const Matrices*>(lanes[lane])->to[i] = pair[0] | uint32_t(pair[1]) << 16;
+      for (int i = 0; i < 4; ++i) {
+        const auto* row = static_cast<const Matrices*>(lanes[8 * i + lane / 4])->row;
+        std::memcpy(static_cast<const Matrices*>(lanes[lane])->to + i,
+                    static_cast<const uint32_t*>(row) + lane % 4, 4);
       }
   }
 };
-template <bool TRANSPOSE = false, int MATRICES>
-void warp_load_matrices(uint32_t (&to)[MATRICES], const void* row, Where where = Where::current()) {
-  static_assert(MATRICES == 2 || MATRICES == 4);
-  if (int(lane_index()) < 8 * MATRICES) host::check_shared(row, 16, where);
-  Matrices<MATRICES, TRANSPOSE> mine{to, row};
-  host::warp_together("warp_load_matrices", &mine, decltype(mine)::combine, where);
+inline void warp_load_matrices(uint32_t (&to)[4], const void* row, Where where = Where::current()) {
+  host::check_shared(row, 16, where);
+  Matrices mine{to, row};
+  host::warp_together("warp_load_matrices", &mine, Matrices::combine, where);
 }
 
 // ---- clusters -----------------------------------------------------------------------------------
@@ -343,7 +313,6 @@ using host::Mailbox;
 using host::Remote;
 
 inline unsigned cluster_rank() { return host::place().cluster_rank; }
-inline unsigned cluster_blocks() { return host::place().cluster_blocks; }
 inline void sync_cluster(Where where = Where::current()) { host::sync_cluster(where); }
 inline Remote in_block(unsigned rank, const void* own, Where where = Where::current()) {
   return host::in_block(rank, own, where);
@@ -359,12 +328,6 @@ inline void wait_for_mail(Mailbox* box, unsigned parity, Where where = Where::cu
   host::wait_for_mail(box, parity, where);
 }
 inline void send(Remote to, const Words4& value, Remote box, Where where = Where::current()) {
-  host::send(to, &value, sizeof value, box, where);
-}
-inline void send(Remote to, uint64_t value, Remote box, Where where = Where::current()) {
-  host::send(to, &value, sizeof value, box, where);
-}
-inline void send(Remote to, uint32_t value, Remote box, Where where = Where::current()) {
   host::send(to, &value, sizeof value, box, where);
 }
 

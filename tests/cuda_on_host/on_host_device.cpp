@@ -35,7 +35,7 @@ const DeviceFacts& facts_of(c10::Device) {
   return facts;
 }
 
-bool tf32_allowed(const at::Tensor&) { return environment("TORCH_BPTT_ON_HOST_TF32") == "1"; }
+bool tf32_allowed() { return environment("TORCH_BPTT_ON_HOST_TF32") == "1"; }
 
 // The CPU's products never round to tf32.
 bool library_rounds_alike(at::ScalarType type, bool tf32) { return type != at::kFloat || !tf32; }

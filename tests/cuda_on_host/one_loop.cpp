@@ -63,7 +63,7 @@ const char* run(const Call& call) {
   loop.carried = static_cast<Compute<S>*>(call.carried);
 
   Plan plan;
-  plan.units = call.tensor ? Units::tensor : Units::plain;
+  plan.arithmetic = call.tensor ? Arithmetic::tensor : Arithmetic::plain;
   plan.cluster = int(call.cluster);
   plan.rows = int(call.rows);
   plan.tile = int(call.tiles);

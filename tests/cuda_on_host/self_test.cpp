@@ -74,7 +74,7 @@ __global__ void one_does_not_come() {
 
 __global__ void lanes_part(float* out) {
   if (lane_index() < 16)
-    out[0] = warp_shuffle(1.f, 0);
+    out[0] = warp_shuffle_xor(1.f, 1);
   else
     warp_sync();
 }
@@ -92,35 +92,26 @@ __global__ void sum_of_lanes(float* out) {
   float sum = float(1 + thread_index());
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += warp_shuffle_xor(sum, lanes);
   out[thread_index()] = sum;
-  const double from_five = warp_shuffle(double(thread_index()), 5);
-  if (lane_index() == 0) {
-    out[64 + 2 * warp_index()] = float(from_five);
-  }
-  const unsigned odd = warp_ballot(lane_index() % 2 == 1);
-  const bool any = warp_any(thread_index() == 33);
-  if (lane_index() == 0) out[65 + 2 * warp_index()] = float(odd == 0xaaaaaaaa) + 2 * any;
+  const double from_five = warp_shuffle_xor(double(thread_index()), 5);
+  if (lane_index() == 0) out[64 + warp_index()] = float(from_five);
 }
 
 // d = a b^T of a (16, 16) and b (8, 16), both row-major in shared memory, as a recurrent product
 // is.
-template <class S, bool TRANSPOSE>
+template <class S>
 __global__ void product16(const S* a, const S* b, float* d) {
   auto* shared = reinterpret_cast<S*>(shared_memory());
   S *a_shared = shared, *b_shared = shared + 256;
-  for (unsigned i = lane_index(); i < 256; i += kWarp)
-    a_shared[TRANSPOSE ? i % 16 * 16 + i / 16 : i] = a[i];
+  for (unsigned i = lane_index(); i < 256; i += kWarp) a_shared[i] = a[i];
   for (unsigned i = lane_index(); i < 128; i += kWarp) b_shared[i] = b[i];
   warp_sync();
   const unsigned lane = lane_index(), matrix = lane / 8, row = lane % 8;
-  uint32_t a_registers[4], b_registers[2];
   const unsigned down = 8 * (matrix & 1), right = 8 * (matrix >> 1);
-  if constexpr (TRANSPOSE)  // stored by columns: each 8 x 8 matrix is turned as it is loaded
-    warp_load_matrices<true>(a_registers, a_shared + (right + row) * 16 + down);
-  else
-    warp_load_matrices(a_registers, a_shared + (down + row) * 16 + right);
-  warp_load_matrices(b_registers, b_shared + row * 16 + 8 * (matrix & 1));
+  uint32_t a_registers[4], b_registers[4];  // of b the same two matrices twice
+  warp_load_matrices(a_registers, a_shared + (down + row) * 16 + right);
+  warp_load_matrices(b_registers, b_shared + row * 16 + down);
   float sums[4] = {};
-  warp_mma<S>(sums, a_registers, b_registers);
+  warp_mma<S>(sums, a_registers, {b_registers[0], b_registers[1]});
   for (int i = 0; i < 4; ++i) d[(lane / 4 + 8 * (i >> 1)) * 8 + 2 * (lane % 4) + (i & 1)] = sums[i];
 }
 
@@ -214,7 +205,7 @@ enum Flaw { none, no_wait, expects_too_much, one_place, leaves_early };
 __global__ void __launch_bounds__(64) exchange(float* out, int steps, Flaw flaw) {
   struct Shared {
     Mailbox boxes[2];
-    alignas(16) uint32_t letters[2][4][64];
+    Words4 letters[2][4][64];
   };
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
   const unsigned i = thread_index(), rank = cluster_rank();
@@ -229,14 +220,14 @@ __global__ void __launch_bounds__(64) exchange(float* out, int steps, Flaw flaw)
     const int place = flaw == one_place ? 0 : step & 1;
     const unsigned parity = flaw == one_place ? step & 1 : step >> 1 & 1;
     Mailbox* box = &shared.boxes[place];
-    if (i == 0) arrive_expecting(box, 4 * 64 * 4 + (flaw == expects_too_much ? 4 : 0));
+    if (i == 0) arrive_expecting(box, 4 * 64 * 16 + (flaw == expects_too_much ? 16 : 0));
     for (unsigned to = 0; to < 4; ++to)
-      send(in_block(to, &shared.letters[place][rank][i]), number, in_block(to, box));
+      send(in_block(to, &shared.letters[place][rank][i]), Words4{number}, in_block(to, box));
     if (flaw == leaves_early && step + 1 == steps) return;
     if (flaw != no_wait) wait_for_mail(box, parity);
     number = 0;
     for (unsigned from = 0; from < 4; ++from)
-      number += shared.letters[place][from][(i + from) % 64] * (from + 1) % 1009;
+      number += shared.letters[place][from][(i + from) % 64].word[0] * (from + 1) % 1009;
   }
   sync_cluster();
   out[block_index().x * 64 + i] = float(number);
@@ -245,7 +236,7 @@ __global__ void __launch_bounds__(64) exchange(float* out, int steps, Flaw flaw)
 template <Flaw FLAW>
 void run_exchange() {
   std::vector<float> out(8 * 64);
-  start(exchange, {.grid = {8}, .threads = 64, .cluster = 4, .shared_bytes = 4096}, out.data(), 25,
+  start(exchange, {.grid = {8}, .threads = 64, .cluster = 4, .shared_bytes = 8208}, out.data(), 25,
         FLAW);
   print("out", out);
 }
@@ -277,12 +268,12 @@ __global__ void __launch_bounds__(256)
     circulate(float* out, uint32_t* numbers, uint32_t* flags, int steps, GridFlaw flaw) {
   struct Shared {
     Mailbox boxes[2];
-    uint32_t letters[2][4][256];
+    Words4 letters[2][4][256];
   };
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
   const unsigned i = thread_index(), n = block_threads(), block = block_index().x,
-                 rank = cluster_rank(), ranks = cluster_blocks(), cluster = block / ranks,
-                 clusters = grid_blocks().x / ranks;
+                 rank = cluster_rank(), ranks = host::place().cluster_blocks,
+                 cluster = block / ranks, clusters = grid_blocks().x / ranks;
   if (i == 0) {
     init_mailbox(&shared.boxes[0], 1);
     init_mailbox(&shared.boxes[1], 1);
@@ -293,13 +284,13 @@ __global__ void __launch_bounds__(256)
   for (int step = 0; step < steps; ++step) {
     const int place = step & 1;
     Mailbox* box = &shared.boxes[place];
-    if (i == 0) arrive_expecting(box, int(ranks * n * 4));
+    if (i == 0) arrive_expecting(box, int(ranks * n * 16));
     for (unsigned to = 0; to < ranks; ++to)
-      send(in_block(to, &shared.letters[place][rank][i]), number, in_block(to, box));
+      send(in_block(to, &shared.letters[place][rank][i]), Words4{number}, in_block(to, box));
     wait_for_mail(box, step >> 1 & 1);
     number = rank;
     for (unsigned from = 0; from < ranks; ++from)
-      number += shared.letters[place][from][(i + from) % n] * (from + 1) % 1009;
+      number += shared.letters[place][from][(i + from) % n].word[0] * (from + 1) % 1009;
 
     uint32_t* all = numbers + (flaw == reuses_early ? 0 : place) * grid_blocks().x * n;
     const uint32_t done = uint32_t(step) + 1;
@@ -324,7 +315,7 @@ void run_circulate(Launch how, int steps) {
   const size_t blocks = how.grid.x, threads = blocks * how.threads;
   std::vector<float> out(threads);
   std::vector<uint32_t> numbers(2 * threads), flags(blocks, ~0u);
-  how.shared_bytes = 8208;
+  how.shared_bytes = 32784;
   clear(flags.data(), blocks * 4, how.stream);
   start(circulate, how, out.data(), numbers.data(), flags.data(), steps, FLAW);
   print("out", out);
@@ -338,7 +329,7 @@ __global__ void publish_in_turn(float* missed, uint32_t* flags, int steps) {
   const unsigned i = cluster_rank() * block_threads() + thread_index();
   const volatile uint32_t* first = flags;
   for (uint32_t step = 1; step <= uint32_t(steps); ++step) {
-    if (block_index().x >= cluster_blocks()) {
+    if (block_index().x >= host::place().cluster_blocks) {
       wait_for_flag(flags + 1 + i, step);
       missed[i] += *first < step;
       continue;
@@ -421,16 +412,14 @@ const std::map<std::string, void (*)()> kTests = {
     {"wait_for_each_other", [] { start(wait_for_each_other, {.threads = 64}); }},
     {"warp",
      [] {
-       std::vector<float> out(68);
+       std::vector<float> out(66);
        start(sum_of_lanes, {.threads = 64}, out.data());
        print("out", out);
      }},
     {"products",
      [] {
-       check_product<bfloat16, 16>("bfloat16", product16<bfloat16, false>);
-       check_product<bfloat16, 16>("bfloat16_turned", product16<bfloat16, true>);
-       check_product<float16, 16>("float16", product16<float16, false>);
-       check_product<float16, 16>("float16_turned", product16<float16, true>);
+       check_product<bfloat16, 16>("bfloat16", product16<bfloat16>);
+       check_product<float16, 16>("float16", product16<float16>);
        check_product<float, 8>("tf32", product_tf32);
      }},
     {"rounding",
