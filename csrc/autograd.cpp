@@ -64,6 +64,26 @@ bool under_transforms() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
+// Whether a tensor is one itself, and not somebody's wrapper of another.
+bool is_plain(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                          c10::DispatchKey::FuncTorchBatched,
+                                          c10::DispatchKey::FuncTorchGradWrapper,
+                                          c10::DispatchKey::Batched});
+  return !tensor.key_set().has_any(wrappers);
+}
+
+// x and weight_ih as backward needs them, which reads x for the gradient of weight_ih alone, and
+// that for the gradient of x: else a shape. The caller may then change them in place, or let x go.
+SavedVariable saved_x(const Tensor& x, const Tensor& weight_ih) {
+  if (weight_ih.requires_grad() || under_transforms() || !is_plain(x)) return {x, false};
+  return {at::empty_strided(x.sizes(), c10::DimVector(size_t(x.dim()), 0), x.options()), false};
+}
+SavedVariable saved_weight_ih(const Tensor& weight_ih, const Tensor& x) {
+  if (x.requires_grad() || under_transforms() || !is_plain(weight_ih)) return {weight_ih, false};
+  return {Tensor(weight_ih.variable_data()), false};  // with a version of its own
+}
+
 template <class... Tensors>
 void check_no_tangents(const char* op, const Tensors&... tensors) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -155,7 +175,8 @@ struct RNNNode : Node {
     if (wanted[WEIGHT_IH]) result[WEIGHT_IH] = grad_weight_ih;
     if (wanted[WEIGHT_HH]) result[WEIGHT_HH] = grad_weight_hh;
     if (wanted[BIAS_IH]) result[BIAS_IH] = grad_bias;
-    if (wanted[BIAS_HH]) result[BIAS_HH] = grad_bias;
+    // Each bias gets one of its own: who scales gradients in place must not do so twice.
+    if (wanted[BIAS_HH]) result[BIAS_HH] = wanted[BIAS_IH] ? grad_bias.clone() : grad_bias;
     if (wanted[ALPHA]) result[ALPHA] = grad_alpha;
     if (wanted[RESTART]) result[RESTART] = grad_restart;
     if (wanted[PROBE]) result[PROBE] = norms;
@@ -182,9 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> rnn_with_f_with_gradient(
     node->set_next_edges(torch::autograd::collect_next_edges(x, h0, weight_ih, weight_hh, bias_ih,
                                                              bias_hh, alpha, restart, probe));
     node->options = {std::string(activation), reverse, truncate, clip};
-    node->x = SavedVariable(x, false);
+    node->x = saved_x(x, weight_ih);
     node->h0 = SavedVariable(h0, false);
-    node->weight_ih = SavedVariable(weight_ih, false);
+    node->weight_ih = saved_weight_ih(weight_ih, x);
     node->weight_hh = SavedVariable(weight_hh, false);
     node->batch_sizes = SavedVariable(batch_sizes, false);
     node->keep = SavedVariable(keep, false);

@@ -45,11 +45,12 @@ TORCH_LIBRARY(torch_bptt, m) {
   m.def(
       "adjoint_scan(Tensor g, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, "
       "Tensor? keep=None, Tensor? alpha=None, Tensor? mask=None, bool reverse=False, "
-      "int truncate=0, float? clip=None) -> (Tensor d, Tensor d0, Tensor d_restart)");
+      "int truncate=0, float? clip=None, bool gate_stops=False) "
+      "-> (Tensor d, Tensor d0, Tensor d_restart)");
   m.def(
       "tangent_scan(Tensor c, Tensor? q0, Tensor gate, Tensor weight_hh, Tensor? batch_sizes=None, "
       "Tensor? keep=None, Tensor? alpha=None, Tensor? restart=None, Tensor? mask=None, "
-      "bool reverse=False, int truncate=0) -> Tensor q");
+      "bool reverse=False, int truncate=0, bool gate_stops=False) -> Tensor q");
 }
 
 TORCH_LIBRARY_IMPL(torch_bptt, CompositeExplicitAutograd, m) {

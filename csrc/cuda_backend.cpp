@@ -16,6 +16,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "core/activations.h"
 #include "cuda/paths.h"
 #include "cuda_device.h"
 #include "cuda_products.h"
@@ -368,6 +369,7 @@ void rnn_backward(const BackwardProblem<S>& p, const Tensor& like) {
   Adjoint<S> adjoint(call, p.weight_hh, p.alpha, p.grad_restart);
   Loop<S>& loop = adjoint.loop;
   loop.activation = p.activation;
+  loop.gate_stops = stops(p.activation);
   loop.clip = p.clip;
   loop.mask = p.mask;
   loop.g = p.grad_h;
@@ -410,6 +412,7 @@ void adjoint_scan(const ScanProblem<S>& p, const Tensor& like) {
   Adjoint<S> adjoint(call, p.weight_hh, p.alpha, p.restart);
   Loop<S>& loop = adjoint.loop;
   loop.gate_given = true;
+  loop.gate_stops = p.gate_stops;
   loop.clip = p.clip;
   loop.mask = p.mask;
   loop.g = p.g;
@@ -425,6 +428,7 @@ void tangent_scan(const ScanProblem<S>& p, const Tensor& like) {
   const Call<S> call(like, p.schedule, p.H);
   Loop<S> loop = call.loop(Pass::tangent);
   loop.gate_given = true;
+  loop.gate_stops = p.gate_stops;
   loop.alpha = p.alpha;
   loop.weight = p.weight_hh;
   loop.mask = p.mask;

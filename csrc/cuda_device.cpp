@@ -63,7 +63,10 @@ bool library_rounds_alike(at::ScalarType type, bool tf32) {
   const at::Context& context = at::globalContext();
   if (type == at::kHalf) return !context.allowFP16AccumulationCuBLAS();
   if (type != at::kFloat) return true;
-  return tf32 == (!at::NoTF32Guard::should_disable_tf32() && context.allowTF32CuBLAS());
+  // Not allowTF32CuBLAS(), which refuses where only the newer of both settings was made.
+  const bool allowed = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                       at::Float32Precision::TF32;
+  return tf32 == (allowed && !at::NoTF32Guard::should_disable_tf32());
 }
 
 }  // namespace torch_bptt::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <omp.h>
 
@@ -81,6 +82,7 @@ class Operands {
 
   template <class S>
   const S* data(const Tensor& tensor) const {
+    check_memory(tensor);
     return static_cast<const S*>(tensor.const_data_ptr()) + offset(tensor);
   }
   template <class S>
@@ -106,6 +108,14 @@ class Operands {
   }
 
  private:
+  // A storage can be given back under a tensor, as some of FSDP's are: an error, not a crash.
+  static void check_memory(const Tensor& tensor) {
+    const size_t needed = at::detail::computeStorageNbytes(
+        tensor.sizes(), tensor.strides(), tensor.element_size(), size_t(tensor.storage_offset()));
+    TORCH_CHECK(needed <= tensor.storage().nbytes(), "a tensor of shape ", tensor.sizes(),
+                " must have its memory, expected a storage of at least ", needed, " bytes, got ",
+                tensor.storage().nbytes());
+  }
   int64_t offset(const Tensor& tensor) const { return several ? index * tensor.stride(0) : 0; }
   int64_t step(const Tensor& tensor) const {
     return tensor.dim() - several == 3 ? tensor.stride(-3) : 0;

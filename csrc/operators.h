@@ -62,18 +62,19 @@ using Backward = Gradients(const OptionalTensor& grad_h, const OptionalTensor& g
                            std::optional<double> clip, int64_t parts);
 Backward rnn_backward;
 
+// gate_stops: a gate of zero stops even what is infinite or NaN, as relu's slope does.
 // -> d as g; d0 and what goes back to restart, states
 std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
     const Tensor& g, const Tensor& gate, const Tensor& weight_hh, const OptionalTensor& batch_sizes,
     const OptionalTensor& keep, const OptionalTensor& alpha, const OptionalTensor& mask,
-    bool reverse, int64_t truncate, std::optional<double> clip);
+    bool reverse, int64_t truncate, std::optional<double> clip, bool gate_stops);
 
 // -> q as c
 Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gate,
                     const Tensor& weight_hh, const OptionalTensor& batch_sizes,
                     const OptionalTensor& keep, const OptionalTensor& alpha,
                     const OptionalTensor& restart, const OptionalTensor& mask, bool reverse,
-                    int64_t truncate);
+                    int64_t truncate, bool gate_stops);
 
 // ---- the layer with its derivative (autograd.cpp) -----------------------------------------------
 

@@ -27,7 +27,7 @@ template <class S>
 ScanProblem<S> scan_problem(const ScheduleOf& schedule, const Operands& network,
                             const OptionalTensor& alpha, const OptionalTensor& mask,
                             const Tensor& g, const Tensor& gate, const Tensor& weight_hh,
-                            const Tensor& d) {
+                            const Tensor& d, bool gate_stops) {
   ScanProblem<S> problem;
   problem.schedule = schedule.of(network);
   problem.H = weight_hh.size(-2);
@@ -35,6 +35,7 @@ ScanProblem<S> scan_problem(const ScheduleOf& schedule, const Operands& network,
   problem.mask = network.rows<S>(mask);
   problem.g = network.rows<S>(g);
   problem.gate = network.rows<S>(gate);
+  problem.gate_stops = gate_stops;
   problem.weight_hh = network.data<S>(weight_hh);
   problem.d = network.output_rows<S>(d);
   return problem;
@@ -45,7 +46,7 @@ ScanProblem<S> scan_problem(const ScheduleOf& schedule, const Operands& network,
 std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
     const Tensor& g, const Tensor& gate, const Tensor& weight_hh, const OptionalTensor& batch_sizes,
     const OptionalTensor& keep, const OptionalTensor& alpha, const OptionalTensor& mask,
-    bool reverse, int64_t truncate, std::optional<double> clip) {
+    bool reverse, int64_t truncate, std::optional<double> clip, bool gate_stops) {
   constexpr const char* op = "adjoint_scan";
   const Networks networks(op, weight_hh);
   const Sizes sizes(op, "g", networks.first(op, "g", g), batch_sizes);
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
     const int64_t work = sizes.rows() * H * H;
     for_each_network(g, networks, work, [&](const Operands& network, const Parallel& threads) {
       ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, g_rows,
-                                               gate_rows, weight_rows, d);
+                                               gate_rows, weight_rows, d, gate_stops);
       problem.clip = clip.value_or(-1);
       problem.d0 = network.output_rows<S>(d0);
       problem.restart = keep ? network.output<S>(d_restart) : nullptr;
@@ -80,7 +81,7 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
                     const Tensor& weight_hh, const OptionalTensor& batch_sizes,
                     const OptionalTensor& keep, const OptionalTensor& alpha,
                     const OptionalTensor& restart, const OptionalTensor& mask, bool reverse,
-                    int64_t truncate) {
+                    int64_t truncate, bool gate_stops) {
   constexpr const char* op = "tangent_scan";
   const Networks networks(op, weight_hh);
   const Sizes sizes(op, "c", networks.first(op, "c", c), batch_sizes);
@@ -100,7 +101,7 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
     const int64_t work = sizes.rows() * H * H;
     for_each_network(c, networks, work, [&](const Operands& network, const Parallel& threads) {
       ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, c_rows,
-                                               gate_rows, weight_rows, q);
+                                               gate_rows, weight_rows, q, gate_stops);
       problem.d0_in = network.rows<S>(q0_rows);
       problem.restart_in = network.rows<S>(restart_rows);
       backend_of<S>(c).tangent_scan(problem, c, threads);

@@ -4,6 +4,7 @@
 far they may differ and ``cases.py`` holds the problems.
 """
 
+import dataclasses
 import inspect
 import itertools
 import os
@@ -310,6 +311,43 @@ def test_what_is_not_finite_spreads_as_in_the_loop(case, activation, bad):
     states = forward(reference, p)
     expected = solve(reference, p, states["h"], states["f"])
     got = solve(OPERATORS, p, states["h"], states["f"])
+    for name in expected:
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            same_bits(f"{kind.__name__} of {name}", kind(got[name]), kind(expected[name]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("activation", list(reference.activations))
+@pytest.mark.parametrize(
+    "case", [Case(), Case(H=65), Case(alpha=0.3), Case(B=1), Case(**EVERYTHING)], ids=str
+)
+def test_gradients_that_are_not_finite_spread_as_in_the_loop(case, activation, bad):
+    """They arrive at units whose slope is zero: relu's stops them, in backward and in both scans,
+    and those of the other activations do not.
+    """
+    p = problem(case.but(activation=activation), torch.float32)
+    states = forward(reference, p)
+    off = (states["h"] if p.alpha is None else states["f"]) == 0
+    off[..., 0] = True  # of an activation that is never zero, too
+    p = dataclasses.replace(p, grad_h=torch.where(off, bad, p.grad_h), gate=p.gate * ~off)
+    stops = activation in reference.STOPPING
+
+    def results(operators):
+        options = dict(gate_stops=stops)
+        adjoint, tangent = p.adjoint_options | options, p.tangent_options | options
+        return {
+            **backward(operators, p, states["h"], states["f"]),
+            **dict(
+                zip(
+                    ("d", "d0", "d_restart"),
+                    operators.adjoint_scan(p.grad_h, p.gate, p.weight_hh, **adjoint),
+                    strict=True,
+                )
+            ),
+            "q": operators.tangent_scan(p.grad_h, p.grad_h_n, p.gate, p.weight_hh, **tangent),
+        }
+
+    expected, got = results(reference), results(OPERATORS)
     for name in expected:
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             same_bits(f"{kind.__name__} of {name}", kind(got[name]), kind(expected[name]))

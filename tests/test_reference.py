@@ -5,6 +5,8 @@ steps in a Python list, truncation by detach and clipping by a gradient hook. It
 no idea of layout with reference.py.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from cases import EVERYTHING, Case, Problem, grid, lengths, problem, sized
@@ -46,8 +48,8 @@ def loop_by_rows(p, *inputs):
             z = weight_ih @ of_step(x, t, b) + weight_hh @ entering
             z = z if bias_ih is None else z + bias_ih + bias_hh
             z = z if p.noise is None else z + of_step(p.noise, t, b)
-            leak = 1 if alpha is None else alpha
-            state = (1 - leak) * state + leak * ACTIVATIONS[case.activation](z)
+            y = ACTIVATIONS[case.activation](z)
+            state = y if alpha is None else (1 - alpha) * state + alpha * y
             if case.clip is not None and state.requires_grad:
                 state.register_hook(lambda grad: grad.clamp(-case.clip, case.clip))
             states[t, b] = state
@@ -263,3 +265,24 @@ def test_forgetting_forgets_what_is_not_finite():
     weights = one[0], one[0], None, None
     h, _, _ = reference.rnn_forward(one, one * torch.inf, *weights, activation="tanh")
     assert h.item() == 1
+
+
+@pytest.mark.parametrize(
+    "case", [Case(), Case(alpha=0.3), Case(packed=True, reverse=True), Case(keep=True)], ids=str
+)
+def test_a_relu_that_is_off_stops_infinite_gradients(case):
+    """As torch.relu's own derivative does, which is a selection and not a product."""
+    p = problem(case.but(activation="relu"))
+    h, _, f = reference.rnn_forward(*p.operands, **p.forward_options)
+    off = (h if p.alpha is None else f) == 0
+    assert 0.1 < off.double().mean() < 0.9
+    p = dataclasses.replace(p, grad_h=torch.where(off, torch.inf, p.grad_h))
+    leaves = [t if t is None else t.clone().requires_grad_() for t in p.inputs]
+    given = [(name, leaf) for name, leaf in zip(p.names, leaves, strict=True) if leaf is not None]
+    output = loop_by_rows(p, *leaves)
+    truth = torch.autograd.grad(output, [leaf for _, leaf in given], (p.grad_h, p.grad_h_n))
+    grads = by_input(forward_and_gradients(p)[1])
+    for (name, _), want in zip(given, truth, strict=True):
+        torch.testing.assert_close(grads[name], want, rtol=1e-11, atol=1e-11, equal_nan=True)
+    # Without a leak nothing else carries them on.
+    assert p.alpha is not None or all(want.isfinite().all() for want in truth)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 
 import hypothesis.strategies as st
 import pytest
@@ -501,3 +502,124 @@ def test_from_torch_carries_parametrizations():
     assert_same_run(run(ours, randn(5, 2, 3)), run(theirs, randn(5, 2, 3)))
     nn.utils.parametrize.remove_parametrizations(ours, "weight_hh_l0")
     assert type(ours) is RNN
+
+
+# ---- gradients as tensors, and what may happen to tensors before backward
+
+
+@pytest.mark.parametrize("mode", ["backward", "create_graph", "func"])
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("loss", [torch.sqrt, torch.special.entr], ids=["sqrt", "entr"])
+def test_relus_that_are_off_stop_infinite_gradients(loss, cell, mode):
+    """d sqrt(h)/dh is infinite at h = 0, and goes no further, as in nn.RNN."""
+    ours, theirs = pair(3, 4, nonlinearity="relu")
+    if cell:
+        theirs = nn.RNNCell(3, 4, nonlinearity="relu", dtype=torch.float64)
+        ours = torch_bptt.convert(copy.deepcopy(theirs))
+    x = randn(20, 3) if cell else randn(20, 2, 3)
+
+    def gradients(module):
+        parameters = dict(module.named_parameters())
+
+        def total(parameters):
+            output = torch.func.functional_call(module, parameters, (x,))
+            output = output if cell else output[0]
+            assert 0.1 < (output == 0).double().mean() < 0.9
+            return loss(output).sum()
+
+        if mode == "func":
+            return tuple(torch.func.grad(total)(parameters).values())
+        graph = mode == "create_graph"
+        return torch.autograd.grad(total(parameters), parameters.values(), create_graph=graph)
+
+    for (name, _), got, want in zip(
+        theirs.named_parameters(), gradients(ours), gradients(theirs), strict=True
+    ):
+        assert want.isfinite().all()
+        assert_same(name, got.detach(), want.detach())
+
+
+@pytest.mark.parametrize("mode", ["backward", "create_graph", "func", "compiled"])
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5}, {"truncate": 2}], ids=str)
+def test_each_bias_has_a_gradient_of_its_own(options, mode):
+    """Who scales gradients in place, as clipping by hand does, does it once to each."""
+    ours = RNN(3, 4, **options)
+    x, parameters = torch.randn(5, 2, 3), dict(ours.named_parameters())
+
+    def total(parameters):
+        return torch.func.functional_call(ours, parameters, (x,))[0].sum()
+
+    if mode == "func":
+        gradients = torch.func.grad(total)(parameters)
+    else:
+        call = torch.compile(total, backend="aot_eager") if mode == "compiled" else total
+        graph = mode == "create_graph"
+        found = torch.autograd.grad(call(parameters), parameters.values(), create_graph=graph)
+        gradients = dict(zip(parameters, found, strict=True))
+    of_ih, of_hh = gradients["bias_ih_l0"].detach(), gradients["bias_hh_l0"].detach()
+    assert torch.equal(of_ih, of_hh)
+    of_ih.mul_(2)
+    assert torch.equal(of_ih, 2 * of_hh)
+
+
+def frozen_with_x_reused(module):
+    module.requires_grad_(False)
+    x, hx = randn(4, 3, 5), randn(1, 3, 7).requires_grad_()
+    output, _ = module(x, hx)
+    x.zero_()
+    return torch.autograd.grad(output.sum(), hx)
+
+
+def frozen_on_inference_tensors(module):
+    module.requires_grad_(False)
+    hx = randn(1, 3, 7).requires_grad_()
+    with torch.inference_mode():
+        x = randn(4, 3, 5)
+    return torch.autograd.grad(module(x, hx)[0].sum(), hx)
+
+
+def weight_ih_changed(module):
+    output, _ = module(randn(4, 3, 5))
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(0.9)
+    return torch.autograd.grad(output.sum(), module.parameters())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [frozen_with_x_reused, frozen_on_inference_tensors, weight_ih_changed],
+    ids=lambda use: use.__name__,
+)
+def test_what_backward_does_not_read_may_change(use):
+    """x is read for the gradient of weight_ih alone, and weight_ih for that of x."""
+    ours, theirs = pair(5, 7)
+    for got, want in zip(use(ours), use(theirs), strict=True):
+        assert_same(use.__name__, got, want)
+
+
+def test_a_frozen_weight_ih_lets_the_input_go():
+    ours, _ = pair(5, 7)
+    ours.weight_ih_l0.requires_grad_(False)
+    x = randn(4, 3, 5)
+    seen = weakref.ref(x.untyped_storage())
+    output, _ = ours(x)
+    del x
+    assert seen() is None
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight_hh", "input", "weight_hh before backward"])
+def test_memory_that_was_given_back_is_an_error(name):
+    """As FSDP gives back that of a weight which it reshards; to read it would be a crash."""
+    ours, _ = pair(64, 64)
+    x = randn(50, 8, 64)
+    memory = (x if name == "input" else ours.weight_hh_l0).untyped_storage()
+    if "before" in name:
+        output, _ = ours(x)
+        memory.resize_(0)
+        with pytest.raises(RuntimeError, match="must have its memory, expected a storage of at"):
+            output.sum().backward()
+    else:
+        memory.resize_(0)
+        with pytest.raises(RuntimeError, match="must have its memory, expected a storage of at"):
+            ours(x)

@@ -24,7 +24,7 @@ from torch.autograd import Function
 
 from torch_bptt._values import number
 from torch_bptt.operators import RESULTS, ROWS, ops, split_rows
-from torch_bptt.reference import activations
+from torch_bptt.reference import STOPPING, activations
 
 
 class Options(NamedTuple):
@@ -123,10 +123,10 @@ def rnn_layer(
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Which state arrives at which step, and moving rows along these links.
+    """Which state arrives at which step, moving rows along these links, and gates at their ends.
 
     Rows are dense (T, B, H) or packed (N, H), states (1, B, H) or (B, H). Everything here is
-    linear, differentiable and free of loops over time.
+    linear, differentiable and free of loops over time. ``gate_stops``: see ``stopped``.
     """
 
     batch_sizes: Tensor | None
@@ -134,6 +134,7 @@ class Links:
     mask: Tensor | None
     reverse: bool
     truncate: int
+    gate_stops: bool
 
     @classmethod
     def of(
@@ -146,7 +147,8 @@ class Links:
     ):
         if batch_sizes is None and x.dim() == 2:  # a single step, which is packed rows as well
             batch_sizes = torch.tensor([len(x)] if len(x) else [], dtype=torch.int64, device="cpu")
-        return cls(batch_sizes, keep, mask, options.reverse, options.truncate)
+        stops = options.activation in STOPPING
+        return cls(batch_sizes, keep, mask, options.reverse, options.truncate, stops)
 
     def arriving(
         self, h: Tensor, h0: Tensor | None, restart: Tensor | None, *, truncated: bool
@@ -171,6 +173,10 @@ class Links:
     def entering(self, p: Tensor) -> Tensor:
         """m p_t: what is multiplied by W_hh."""
         return p if self.mask is None else self._rows_of(self.mask) * p
+
+    def stopped(self, gate: Tensor, v: Tensor) -> Tensor:
+        """What a gate lets through of v: one of zero may stop even what is infinite or NaN."""
+        return torch.where(gate == 0, 0, v) if self.gate_stops else v
 
     def leaving(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose of ``arriving``: what each step, h0, and restart get back."""
@@ -485,7 +491,7 @@ class RNNForward(Function):
                 u_dot = u_dot + bias_ih_dot
             if bias_hh_dot is not None:
                 u_dot = u_dot + bias_hh_dot
-            c = gate * u_dot
+            c = gate * links.stopped(gate, u_dot)
             if alpha_dot is not None:
                 c = c + alpha_dot.to(h.dtype) * (y - p)
             q = tangent_scan(c, h0_dot, gate, weight_hh, alpha, restart_dot, links)
@@ -582,7 +588,9 @@ def _of_operator(wanted) -> list[bool]:
 
 
 def _of_layer(grads, wanted):
-    grads = (*grads[:5], *grads[4:])
+    """Each bias gets a gradient of its own: who scales gradients in place must not do so twice."""
+    grad_bias = grads[4]
+    grads = (*grads[:5], grad_bias.clone() if wanted[4] and wanted[5] else grad_bias, *grads[5:])
     return tuple(grad if flag else None for grad, flag in zip(grads, wanted, strict=True))
 
 
@@ -619,7 +627,7 @@ def _graph(
         p = links.arriving(h, h0, restart, truncated=False)
         gate, y = _gate(options, alpha, h, f, p)
         d, d0, d_restart = adjoint_scan(g, gate, weight_hh, alpha, links)
-        du = gate * d
+        du = gate * links.stopped(gate, d)
         return (
             du @ weight_ih if of_x else None,
             d0 if of_h0 else None,
@@ -665,14 +673,14 @@ class AdjointScan(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g, gate, weight_hh, alpha, batch_sizes, keep, mask, reverse, truncate):
+    def forward(g, gate, weight_hh, alpha, batch_sizes, keep, mask, reverse, truncate, stops):
         return ops.adjoint_scan(
-            g, gate, weight_hh, batch_sizes, keep, alpha, mask, reverse, truncate
+            g, gate, weight_hh, batch_sizes, keep, alpha, mask, reverse, truncate, None, stops
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, gate, weight_hh, alpha, batch_sizes, keep, mask, ctx.reverse, ctx.truncate = inputs
+        _, gate, weight_hh, alpha, batch_sizes, keep, mask, *ctx.links = inputs
         saved = gate, weight_hh, alpha, batch_sizes, keep, mask, output[0]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -680,7 +688,7 @@ class AdjointScan(Function):
     @staticmethod
     def backward(ctx, grad_d, grad_d0, grad_restart):
         gate, weight_hh, alpha, batch_sizes, keep, mask, d = ctx.saved_tensors
-        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
+        links = Links(batch_sizes, keep, mask, *ctx.links)
         with _in_own_dtype(d):
             q = tangent_scan(grad_d, grad_d0, gate, weight_hh, alpha, grad_restart, links)
             arriving = links.arriving(q, grad_d0, grad_restart, truncated=True)
@@ -689,19 +697,19 @@ class AdjointScan(Function):
                 *_of_linear_loop(
                     ctx.needs_input_grad[1:4], gate, weight_hh, alpha, d, arriving, links
                 ),
-                *(None,) * 5,
+                *(None,) * 6,
             )
 
     @_nestable
     def jvp(ctx, saved, g_dot, gate_dot, weight_hh_dot, alpha_dot, *_):
         gate, weight_hh, alpha, batch_sizes, keep, mask, d = saved
-        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
+        links = Links(batch_sizes, keep, mask, *ctx.links)
         with _in_own_dtype(d):
-            moved = torch.zeros_like(d)
+            moved, passing = torch.zeros_like(d), links.stopped(gate, d)
             if gate_dot is not None:
-                moved = moved + (gate_dot * d) @ weight_hh
+                moved = moved + (gate_dot * passing) @ weight_hh
             if weight_hh_dot is not None:
-                moved = moved + (gate * d) @ weight_hh_dot
+                moved = moved + (gate * passing) @ weight_hh_dot
             moved = links.entering(moved)
             if alpha_dot is not None:
                 moved = moved - alpha_dot.to(d.dtype) * d
@@ -717,17 +725,17 @@ class TangentScan(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(c, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, reverse, truncate):
+    def forward(
+        c, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, reverse, truncate, stops
+    ):
         return ops.tangent_scan(
-            c, q0, gate, weight_hh, batch_sizes, keep, alpha, restart, mask, reverse, truncate
-        )
+            c, q0, gate, weight_hh, batch_sizes, keep, alpha, restart, mask, reverse, truncate,
+            stops,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (
-            _, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, ctx.reverse,
-            ctx.truncate,
-        ) = inputs  # fmt: skip
+        _, q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, *ctx.links = inputs
         saved = q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, output
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -735,7 +743,7 @@ class TangentScan(Function):
     @staticmethod
     def backward(ctx, grad_q):
         q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = ctx.saved_tensors
-        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
+        links = Links(batch_sizes, keep, mask, *ctx.links)
         of_q0, of_restart = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
         with _in_own_dtype(q):
             d, d0, d_restart = adjoint_scan(grad_q, gate, weight_hh, alpha, links)
@@ -747,21 +755,21 @@ class TangentScan(Function):
                     ctx.needs_input_grad[2:5], gate, weight_hh, alpha, d, arriving, links
                 ),
                 d_restart if of_restart else None,
-                *(None,) * 5,
+                *(None,) * 6,
             )
 
     @_nestable
     def jvp(ctx, saved, c_dot, q0_dot, gate_dot, weight_hh_dot, alpha_dot, restart_dot, *_):
         q0, gate, weight_hh, alpha, restart, batch_sizes, keep, mask, q = saved
-        links = Links(batch_sizes, keep, mask, ctx.reverse, ctx.truncate)
+        links = Links(batch_sizes, keep, mask, *ctx.links)
         with _in_own_dtype(q):
             arriving = links.arriving(q, q0, restart, truncated=True)
             entering = links.entering(arriving)
             c_dot = torch.zeros_like(q) if c_dot is None else c_dot
             if gate_dot is not None:
-                c_dot = c_dot + gate_dot * (entering @ weight_hh.mT)
+                c_dot = c_dot + gate_dot * links.stopped(gate, entering @ weight_hh.mT)
             if weight_hh_dot is not None:
-                c_dot = c_dot + gate * (entering @ weight_hh_dot.mT)
+                c_dot = c_dot + gate * links.stopped(gate, entering @ weight_hh_dot.mT)
             if alpha_dot is not None:
                 c_dot = c_dot - alpha_dot.to(q.dtype) * arriving
             return tangent_scan(c_dot, q0_dot, gate, weight_hh, alpha, restart_dot, links)
@@ -773,10 +781,10 @@ def _of_linear_loop(wanted, gate, weight_hh, alpha, d, q, links):
     d is the adjoint and q what arrives of the tangent: one is the input, the other its cotangent.
     """
     of_gate, of_weight, of_alpha = wanted
-    entering = links.entering(q)
+    entering, passing = links.entering(q), links.stopped(gate, d)
     return (
-        d * (entering @ weight_hh.mT) if of_gate else None,
-        _outer(gate * d, entering) if of_weight else None,
+        passing * (entering @ weight_hh.mT) if of_gate else None,
+        _outer(gate * passing, entering) if of_weight else None,
         -_sum(d * q, alpha) if of_alpha else None,
     )
 
@@ -806,12 +814,12 @@ def _apply(function, *args):
 def adjoint_scan(g, gate, weight_hh, alpha, links):
     return _apply(
         AdjointScan, g, gate, weight_hh, alpha, links.batch_sizes, links.keep, links.mask,
-        links.reverse, links.truncate,
+        links.reverse, links.truncate, links.gate_stops,
     )  # fmt: skip
 
 
 def tangent_scan(c, q0, gate, weight_hh, alpha, restart, links):
     return _apply(
         TangentScan, c, q0, gate, weight_hh, alpha, restart, links.batch_sizes, links.keep,
-        links.mask, links.reverse, links.truncate,
+        links.mask, links.reverse, links.truncate, links.gate_stops,
     )  # fmt: skip

@@ -31,6 +31,9 @@ activations = {
     "sigmoid": (torch.sigmoid, lambda y: y * (1 - y)),
     "identity": (lambda z: z, torch.ones_like),
 }
+# Those whose slope of zero stops even what is infinite or NaN, as torch.relu's derivative does;
+# elsewhere 0 * inf is NaN, as it is there.
+STOPPING = frozenset({"relu"})
 
 
 class _Timeline:
@@ -113,6 +116,11 @@ def _leak(alpha, state, drive):
 
 def _scaled(alpha, y):
     return y if alpha is None else alpha.to(y.dtype) * y
+
+
+def _passed(gate, v, stops):
+    """gate v, where a gate that stops lets nothing through."""
+    return torch.where(gate == 0, 0, gate * v) if stops else gate * v
 
 
 def rnn_forward(
@@ -227,9 +235,11 @@ def rnn_backward(
     time = _Timeline(h, batch_sizes, keep, reverse, truncate, mask)
     _, slope = activations[activation]
     y = h if alpha is None else f
-    gate = _scaled(alpha, slope(y))
+    gate, stops = _scaled(alpha, slope(y)), activation in STOPPING
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    d, grad_h0, grad_restart = _adjoint_loop(time, grad_h, grad_h_n, gate, weight_hh, alpha, clip)
+    d, grad_h0, grad_restart = _adjoint_loop(
+        time, grad_h, grad_h_n, gate, weight_hh, alpha, clip, stops
+    )
 
     h_steps, p, entering, state = time.split(h), {}, {}, time.start(h0, h)
     start = None if restart is None else time.start(restart, h)
@@ -245,7 +255,7 @@ def rnn_backward(
     def shaped(sums):
         return sums if parts else sums.squeeze(0)
 
-    delta = gate * d
+    delta = _passed(gate, d, stops)
     entering, of_alpha = time.join(entering, h), d * (y - time.join(p, h))
     grads = (
         delta @ weight_ih,
@@ -271,6 +281,7 @@ def adjoint_scan(
     reverse=False,
     truncate=0,
     clip=None,
+    gate_stops=False,
 ):
     """Carry gradients against processing order: the linear loop of every backward pass.
 
@@ -286,6 +297,7 @@ def adjoint_scan(
             k steps.
         clip: c clamps every d_t to [-c, c], but not d_{-1}, so that two calls on two halves equal
             one call.
+        gate_stops: a gate of zero stops even what is infinite or NaN; see STOPPING.
         batch_sizes, keep, alpha, mask, reverse: as in rnn_forward.
     Returns:
         d: shaped as g.
@@ -295,17 +307,17 @@ def adjoint_scan(
         Werbos (1990), Backpropagation through time. It is the transpose of tangent_scan.
     """
     time = _Timeline(g, batch_sizes, keep, reverse, truncate, mask)
-    return _adjoint_loop(time, g, None, gate, weight_hh, alpha, clip)
+    return _adjoint_loop(time, g, None, gate, weight_hh, alpha, clip, gate_stops)
 
 
-def _adjoint_loop(time, g, arriving, gate, weight_hh, alpha, clip):
+def _adjoint_loop(time, g, arriving, gate, weight_hh, alpha, clip, stops):
     """adjoint_scan with d_T = arriving, a state: the gradient of h_n, whose link is never cut."""
     g_steps, gates, d = time.split(g), time.split(gate), {}
     state, restart = time.start(arriving, g), time.start(None, g)
     for t in reversed(time.order):
         d[t] = g_steps[t] + state[: time.sizes[t]]
         d[t] = d[t] if clip is None else d[t].clamp(-clip, clip)
-        leaving = _leak(alpha, d[t], time.masks((gates[t] * d[t]) @ weight_hh))
+        leaving = _leak(alpha, d[t], time.masks(_passed(gates[t], d[t], stops) @ weight_hh))
         state = time.replace(state, time.links(t, leaving))
         leaving = restart[: time.sizes[t]] + time.restarts(t, leaving)
         restart = time.replace(restart, leaving)
@@ -324,6 +336,7 @@ def tangent_scan(
     mask=None,
     reverse=False,
     truncate=0,
+    gate_stops=False,
 ):
     """Carry perturbations in processing order: the linear loop of forward mode.
 
@@ -340,6 +353,7 @@ def tangent_scan(
         truncate: k > 0 drops q_{t-1} where t = k, 2k, ..., as detaching the state does.
         restart: disturbance of the state that rows restart from; None means zeros.
         batch_sizes, keep, alpha, mask, reverse: as in rnn_forward.
+        gate_stops: as in adjoint_scan.
     Returns:
         q: shaped as c.
     Source:
@@ -352,7 +366,7 @@ def tangent_scan(
     start = None if restart is None else time.start(restart, c)
     for t in time.order:
         arriving = time.links(t, state[: time.sizes[t]], start)
-        moved = gates[t] * (time.masks(arriving) @ weight_hh.T)
+        moved = _passed(gates[t], time.masks(arriving) @ weight_hh.T, gate_stops)
         q[t] = c_steps[t] + _leak(alpha, arriving, moved)
         state = time.replace(state, q[t])
     return time.join(q, c)

@@ -1,5 +1,7 @@
 // The activations, one entry each: value f(z), and slope f'(z) as a function of the output y =
-// f(z). Because the slope needs only the output, forward saves nothing but what it returns.
+// f(z). Because the slope needs only the output, forward saves nothing but what it returns. kStops:
+// a slope of zero stops even what is infinite or NaN, as PyTorch's derivative of relu does; else it
+// is a factor like any other.
 //
 // To add one: write its struct, name it in TORCH_BPTT_ACTIVATIONS, add its line to
 // torch_bptt/reference.py. V is a scalar or a vector of them; M supplies exp-like functions for V
@@ -11,6 +13,7 @@
 namespace torch_bptt {
 
 struct Tanh {
+  static constexpr bool kStops = false;
   template <class M, class V>
   static TORCH_BPTT_INLINE V value(V z) {
     return M::tanh(z);
@@ -22,6 +25,7 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr bool kStops = true;
   template <class M, class V>
   static TORCH_BPTT_INLINE V value(V z) {
     return z <= 0 ? V{} : z;  // this way round, NaN stays NaN
@@ -33,6 +37,7 @@ struct Relu {
 };
 
 struct Sigmoid {
+  static constexpr bool kStops = false;
   template <class M, class V>
   static TORCH_BPTT_INLINE V value(V z) {
     return M::sigmoid(z);
@@ -44,6 +49,7 @@ struct Sigmoid {
 };
 
 struct Identity {
+  static constexpr bool kStops = false;
   template <class M, class V>
   static TORCH_BPTT_INLINE V value(V z) {
     return z;
@@ -62,6 +68,15 @@ enum class Activation : int {
   TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
 };
+
+constexpr bool stops(Activation activation) {
+  constexpr bool kStops[] = {
+#define TORCH_BPTT_ENTRY(name, type) type::kStops,
+      TORCH_BPTT_ACTIVATIONS(TORCH_BPTT_ENTRY)
+#undef TORCH_BPTT_ENTRY
+  };
+  return kStops[int(activation)];
+}
 
 constexpr const char* kActivationNames[] = {
 #define TORCH_BPTT_ENTRY(name, type) #name,

@@ -180,6 +180,7 @@ struct ScanProblem {
   double clip = -1;          // adjoint only
   Rows<const S> g;           // (T, B, H) or (N, H)
   Rows<const S> gate;        // as g: alpha f'(z_t)
+  bool gate_stops = false;   // a gate of zero stops even what is infinite or NaN
   Rows<const S> mask;        // (B, H) m; null: ones
   Rows<const S> d0_in;       // tangent (B, H): before each row's first step; null: zeros
   Rows<const S> restart_in;  // tangent (B, H): arrives where a row restarts; null: zeros

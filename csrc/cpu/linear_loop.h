@@ -49,6 +49,7 @@ using AdjointCell = void (*)(const AdjointBlock<S>& block, int64_t rows, int64_t
 // gate_t as a function of what forward kept: alpha f'(z_t) from f(z_t).
 template <class A>
 struct SlopeGate {
+  static constexpr bool kStops = A::kStops;
   template <class V>
   static TORCH_BPTT_INLINE V of(V y) {
     return A::slope(y);
@@ -58,7 +59,9 @@ struct SlopeGate {
     return alpha * A::slope(y);
   }
 };
+template <bool STOPS>
 struct GivenGate {
+  static constexpr bool kStops = STOPS;
   template <class V>
   static TORCH_BPTT_INLINE V of(V gate) {
     return gate;
@@ -68,6 +71,13 @@ struct GivenGate {
     return gate;
   }
 };
+
+// gate v, where a gate that stops lets nothing through.
+template <bool STOPS, class V>
+TORCH_BPTT_INLINE V passed(V gate, V v) {
+  if constexpr (STOPS) return gate == 0 ? V{} : gate * v;
+  return gate * v;
+}
 
 // What goes back over a link, and what it adds up to at d_t's end of it:
 //   (1 - alpha) d_{t+1} + m (du_{t+1} W_hh)
@@ -91,7 +101,8 @@ void plain_adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begi
     if (block.g[r]) d += load(block.g[r] + j, lanes);
     if (block.g_n[r]) d += load(block.g_n[r] + j, lanes);
     if constexpr (KEEP) store(block.d_exact[r] + j, d, lanes);
-    store(block.du[r] + j, Gate::of(load(block.y[r] + j, lanes)) * d, lanes);
+    const Vector<C> gate = Gate::of(load(block.y[r] + j, lanes));
+    store(block.du[r] + j, passed<Gate::kStops>(gate, d), lanes);
   });
 }
 
@@ -118,7 +129,7 @@ void adjoint_cell(const AdjointBlock<S>& block, int64_t rows, int64_t begin, int
     } else {
       gate = Gate::of(gate);
     }
-    store(block.du[r] + j, gate * d, lanes);
+    store(block.du[r] + j, passed<Gate::kStops>(gate, d), lanes);
   });
 }
 
@@ -368,7 +379,8 @@ void adjoint_scan(const ScanProblem<S>& p, const Parallel& parallel) {
   const int64_t chunk_rows = rows_per_chunk(s, p.H, p.H);
   const Cut cut = cut_steps<C>(parallel, s, p.H, s.rows() * p.H * p.H);
   // d is wanted, so that it never is a plain one.
-  const AdjointCells<S> cells{.full = adjoint_cell<S, GivenGate>};
+  const AdjointCells<S> cells{.full = p.gate_stops ? adjoint_cell<S, GivenGate<true>>
+                                                   : adjoint_cell<S, GivenGate<false>>};
   AdjointLoop<S> loop(s, p.H, p.alpha, p.clip, cells,
                       {p.g, {}, p.gate, p.mask, p.d, p.d0, p.restart}, weight_hh, chunk_rows, cut,
                       false);
@@ -444,7 +456,9 @@ class TangentLoop {
           [&](int64_t first, int64_t last) {
             for_block<C>(count, first, last, [&](int64_t r, int64_t j, auto lanes) {
               const int64_t b = b0 + r;
-              Vector<C> q = load(s.row(p.gate, t, b) + j, lanes) * load(z[r] + j, lanes);
+              const Vector<C> gate = load(s.row(p.gate, t, b) + j, lanes),
+                              moved = load(z[r] + j, lanes);
+              Vector<C> q = p.gate_stops ? passed<true>(gate, moved) : passed<false>(gate, moved);
               if (p.alpha) q += (1 - load(p.alpha + j, lanes)) * load(arriving[r] + j, lanes);
               q += load(s.row(p.g, t, b) + j, lanes);
               store(s.row(p.d, t, b) + j, q, lanes);

@@ -253,6 +253,20 @@ template <int BYTES>
 TORCH_BPTT_DEVICE void store_words(void* to, const Words<BYTES>& value) {
   *static_cast<Words<BYTES>*>(to) = value;
 }
+// Reads what other blocks wrote since this kernel began, from the second-level cache: the first one
+// may have the line as it was before.
+template <class V>
+TORCH_BPTT_DEVICE V load_fresh(const V* from) {
+  using Same = std::conditional_t<
+      sizeof(V) == 2, unsigned short,
+      std::conditional_t<sizeof(V) == 4, unsigned,
+                         std::conditional_t<sizeof(V) == 8, unsigned long long, uint4>>>;
+  static_assert(sizeof(V) == sizeof(Same));
+  const Same bits = __ldcg(reinterpret_cast<const Same*>(from));
+  V value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Copies BYTES (4, 8 or 16, aligned to that) from global to shared memory, of which the first
 // `valid` are read and the others become zero. It is done when wait_copies() says so. Before sm_80
@@ -448,8 +462,8 @@ TORCH_BPTT_DEVICE void arrive_expecting(Mailbox* box, int bytes) {
 }
 // Waits for the end of the phase of that parity (0 for the first). Ten seconds are a fault, and end
 // the kernel with an error like an assertion: never a hang. It acquires for the block alone: what
-// letters bring lies in the block's own shared memory, and nothing else is handed over with them.
-// (Acquiring for the cluster would empty the first-level cache at every wait.)
+// letters bring lies in the block's own shared memory, and nothing else that a sender wrote is read
+// because they came. (Acquiring for the cluster would empty the first-level cache at every wait.)
 TORCH_BPTT_DEVICE void wait_for_mail(Mailbox* box, unsigned parity) {
   const unsigned address = shared_address(box);
   uint64_t start = 0;

@@ -28,6 +28,7 @@ struct Loop {
   int64_t H = 0;
   Activation activation{};
   bool gate_given = false;  // `gate` is alpha f'(z) itself, not the f(z) that it is made of
+  bool gate_stops = false;  // adjoint, tangent: one of zero stops even what is infinite or NaN
   const C* alpha{};         // (H) null: ones
   C clip = -1;              // adjoint: negative: none
   const S* weight{};        // (H, H) contiguous, product[j] = sum_k entering[k] weight[j][k]

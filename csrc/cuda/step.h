@@ -140,17 +140,20 @@ class Step {
   // Rows [0, rows()) have.
   TORCH_BPTT_DEVICE int64_t rows() const { return of.rows(); }
 
-  // N elements of a row, of which `count` exist; all of them where they lie aligned.
-  template <int N, class V>
+  // N elements of a row, of which `count` exist; all of them where they lie aligned. FRESH: where
+  // each step is a kernel, the one before may just have written them.
+  template <int N, bool FRESH = false, class V>
   static TORCH_BPTT_DEVICE Elements<V, N> load(const V* from, int count) {
     Elements<V, N> values{};
     if constexpr (kTogether<V, N> > 0)
       for_pieces<V, N>([&](int first) {
-        const auto piece = load_words<kTogether<V, N>>(from + first);
+        using Piece = Words<kTogether<V, N>>;
+        const Piece* const at = reinterpret_cast<const Piece*>(from + first);
+        const Piece piece = FRESH ? load_fresh(at) : load_words<sizeof(Piece)>(at);
         __builtin_memcpy(values.of + first, &piece, sizeof piece);
       });
     else
-      for_elements<N>(count, [&](int e) { values[e] = from[e]; });
+      for_elements<N>(count, [&](int e) { values[e] = FRESH ? load_fresh(from + e) : from[e]; });
     return values;
   }
   template <int N, class V>
@@ -230,11 +233,11 @@ class Step {
     if (!l.alpha) return {};
     if (pass == Pass::adjoint) {
       if (exists(b) && !receives(b)) return {};
-      return load<N>(l.carried + b * l.H + j, count);
+      return load<N, true>(l.carried + b * l.H + j, count);
     }
     const S* const row = arriving(b);
     if (!row) return {};
-    return widened(load<N>(row + j, count));
+    return widened(load<N, true>(row + j, count));
   }
   // The same for the step after this one, at which `arriving` arrives.
   template <int N>
@@ -419,10 +422,17 @@ class Step {
                                                   const Terms<S, N>& terms,
                                                   const Constants<S, N>& constants) const {
     Elements<C, N> q;
-    for_elements<N>(N, [&](int e) { q[e] = terms.factor[e] * product[e]; });
+    q = passed(terms.factor, product);
     if (l.alpha) for_elements<N>(N, [&](int e) { q[e] += (1 - constants.alpha[e]) * leaking[e]; });
     for_elements<N>(N, [&](int e) { q[e] += terms.added[e]; });
     return {narrowed<S>(q), {}};
+  }
+
+  // gate v, where a gate that stops lets nothing through.
+  template <int N>
+  TORCH_BPTT_DEVICE Elements<C, N> passed(const Elements<C, N>& gate, Elements<C, N> v) const {
+    for_elements<N>(N, [&](int e) { v[e] = l.gate_stops && gate[e] == 0 ? 0 : gate[e] * v[e]; });
+    return v;
   }
 
   // What goes back over a link: (1 - alpha) d_{t+1} + m (du_{t+1} W_hh).
@@ -440,7 +450,7 @@ class Step {
   TORCH_BPTT_DEVICE void add_restart(int64_t b, int64_t j, int count,
                                      const Elements<C, N>& d) const {
     C* const place = l.restart_sum + b * l.H + j;
-    Elements<C, N> sum = load<N>(place, count);
+    Elements<C, N> sum = load<N, true>(place, count);
     for_elements<N>(N, [&](int e) { sum[e] += d[e]; });
     store(place, sum, count);
   }
@@ -449,15 +459,14 @@ class Step {
   TORCH_BPTT_DEVICE Finished<S, N> finish_adjoint(int64_t b, int64_t j, int count,
                                                   const Elements<C, N>& back,
                                                   const Terms<S, N>& terms) const {
-    Elements<C, N> d{}, du;
+    Elements<C, N> d{};
     if (terms.restarts)
       add_restart(b, j, count, back);
     else if (terms.linked)
       d = back;
     for_elements<N>(N, [&](int e) { d[e] += terms.added[e]; });
     if (l.clip >= 0) for_elements<N>(N, [&](int e) { d[e] = clamp(d[e], l.clip); });
-    for_elements<N>(N, [&](int e) { du[e] = d[e] * terms.factor[e]; });
-    return {narrowed<S>(du), d};
+    return {narrowed<S>(passed(terms.factor, d)), d};
   }
 
   // d before the row's first step: without g and without the clamp.

@@ -21,8 +21,9 @@ struct Row {
   const S* mask;      // null: ones
 };
 
-// 16 bytes of a row of H elements, from element k on; zeros behind its end.
-template <class S>
+// 16 bytes of a row of H elements, from element k on; zeros behind its end. FRESH: the step before
+// may just have written it.
+template <class S, bool FRESH>
 TORCH_BPTT_DEVICE void read_piece(unsigned char* to, const S* row, const S* mask, int64_t k,
                                   int64_t H, const S* readable, bool aligned) {
   constexpr int kElements = 16 / sizeof(S);
@@ -36,7 +37,7 @@ TORCH_BPTT_DEVICE void read_piece(unsigned char* to, const S* row, const S* mask
   for (int e = 0; e < kElements; ++e) {
     S value{};
     if (e < valid) {
-      value = row[k + e];
+      value = FRESH ? load_fresh(row + k + e) : row[k + e];
       if (mask) value = narrow<S>(widen(mask[k + e]) * widen(value));
     }
     __builtin_memcpy(to + e * int(sizeof(S)), &value, sizeof(S));
@@ -52,8 +53,8 @@ TORCH_BPTT_DEVICE void read_weight(unsigned char* stage, const Loop<S>& loop, in
   for (int p = int(thread_index()); p < kTile.units * kPieces; p += kTile.threads) {
     const int row = p / kPieces, piece = p % kPieces;
     const S* from = unit0 + row < loop.H ? loop.weight + (unit0 + row) * loop.H : nullptr;
-    read_piece<S>(stage + row * kTile.row_bytes() + piece * 16, from, nullptr,
-                  (block * kPieces + piece) * kElements, loop.H, loop.weight, aligned);
+    read_piece<S, false>(stage + row * kTile.row_bytes() + piece * 16, from, nullptr,
+                         (block * kPieces + piece) * kElements, loop.H, loop.weight, aligned);
   }
 }
 template <class S, int TILE>
@@ -63,9 +64,9 @@ TORCH_BPTT_DEVICE void read_rows(unsigned char* stage, const Loop<S>& loop, cons
   constexpr int kPieces = kTile.block_bytes() / 16, kElements = 16 / sizeof(S);
   for (int p = int(thread_index()); p < kTile.rows * kPieces; p += kTile.threads) {
     const int row = p / kPieces, piece = p % kPieces;
-    read_piece<S>(stage + (kTile.units + row) * kTile.row_bytes() + piece * 16, rows[row].entering,
-                  rows[row].mask, (block * kPieces + piece) * kElements, loop.H, loop.weight,
-                  aligned);
+    read_piece<S, true>(stage + (kTile.units + row) * kTile.row_bytes() + piece * 16,
+                        rows[row].entering, rows[row].mask, (block * kPieces + piece) * kElements,
+                        loop.H, loop.weight, aligned);
   }
 }
 

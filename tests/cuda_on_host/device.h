@@ -207,6 +207,11 @@ void store_words(void* to, const Words<BYTES>& value, Where where = Where::curre
   host::check_aligned(to, BYTES, where);
   std::memcpy(to, &value, BYTES);
 }
+template <class V>
+V load_fresh(const V* from, Where where = Where::current()) {
+  host::check_aligned(from, sizeof(V), where);
+  return *from;
+}
 template <int BYTES>
 void copy_async(void* shared, const void* global, int valid = BYTES,
                 Where where = Where::current()) {
