@@ -407,7 +407,7 @@ void rnn_backward(const BackwardProblem<S>& p, const Tensor& like) {
 // ---- scans --------------------------------------------------------------------------------------
 
 template <class S>
-void adjoint_scan(const ScanProblem<S>& p, const Tensor& like) {
+void adjoint_scan(const AdjointProblem<S>& p, const Tensor& like) {
   const Call<S> call(like, p.schedule, p.H);
   Adjoint<S> adjoint(call, p.weight_hh, p.alpha, p.restart);
   Loop<S>& loop = adjoint.loop;
@@ -424,7 +424,7 @@ void adjoint_scan(const ScanProblem<S>& p, const Tensor& like) {
 }
 
 template <class S>
-void tangent_scan(const ScanProblem<S>& p, const Tensor& like) {
+void tangent_scan(const TangentProblem<S>& p, const Tensor& like) {
   const Call<S> call(like, p.schedule, p.H);
   Loop<S> loop = call.loop(Pass::tangent);
   loop.gate_given = true;
@@ -432,19 +432,19 @@ void tangent_scan(const ScanProblem<S>& p, const Tensor& like) {
   loop.alpha = p.alpha;
   loop.weight = p.weight_hh;
   loop.mask = p.mask;
-  loop.g = p.g;
+  loop.g = p.c;
   loop.gate = p.gate;
-  loop.first = p.d0_in;
-  loop.restart = p.restart_in;
-  loop.state = p.d;
+  loop.first = p.q0;
+  loop.restart = p.restart;
+  loop.state = p.q;
   call.run(loop);
 }
 
 #define TORCH_BPTT_ENTRY(S)                                             \
   template void rnn_forward(const ForwardProblem<S>&, const Tensor&);   \
   template void rnn_backward(const BackwardProblem<S>&, const Tensor&); \
-  template void adjoint_scan(const ScanProblem<S>&, const Tensor&);     \
-  template void tangent_scan(const ScanProblem<S>&, const Tensor&);
+  template void adjoint_scan(const AdjointProblem<S>&, const Tensor&);  \
+  template void tangent_scan(const TangentProblem<S>&, const Tensor&);
 TORCH_BPTT_STORAGE_TYPES(TORCH_BPTT_ENTRY)
 #undef TORCH_BPTT_ENTRY
 

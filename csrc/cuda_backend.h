@@ -15,8 +15,8 @@ void rnn_forward(const ForwardProblem<S>& problem, const at::Tensor& like);
 template <class S>
 void rnn_backward(const BackwardProblem<S>& problem, const at::Tensor& like);
 template <class S>
-void adjoint_scan(const ScanProblem<S>& problem, const at::Tensor& like);
+void adjoint_scan(const AdjointProblem<S>& problem, const at::Tensor& like);
 template <class S>
-void tangent_scan(const ScanProblem<S>& problem, const at::Tensor& like);
+void tangent_scan(const TangentProblem<S>& problem, const at::Tensor& like);
 
 }  // namespace torch_bptt::cuda

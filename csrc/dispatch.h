@@ -190,8 +190,8 @@ template <class S>
 struct Backend {
   void (*rnn_forward)(const ForwardProblem<S>& problem, const Tensor& like, const Parallel&);
   void (*rnn_backward)(const BackwardProblem<S>& problem, const Tensor& like, const Parallel&);
-  void (*adjoint_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
-  void (*tangent_scan)(const ScanProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*adjoint_scan)(const AdjointProblem<S>& problem, const Tensor& like, const Parallel&);
+  void (*tangent_scan)(const TangentProblem<S>& problem, const Tensor& like, const Parallel&);
 };
 
 template <class S>
@@ -202,10 +202,10 @@ constexpr Backend<S> kCpuBackend{
     [](const BackwardProblem<S>& problem, const Tensor&, const Parallel& threads) {
       cpu::kernels().of<S>().rnn_backward(problem, threads);
     },
-    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+    [](const AdjointProblem<S>& problem, const Tensor&, const Parallel& threads) {
       cpu::kernels().of<S>().adjoint_scan(problem, threads);
     },
-    [](const ScanProblem<S>& problem, const Tensor&, const Parallel& threads) {
+    [](const TangentProblem<S>& problem, const Tensor&, const Parallel& threads) {
       cpu::kernels().of<S>().tangent_scan(problem, threads);
     },
 };
@@ -219,10 +219,10 @@ constexpr Backend<S> kCudaBackend{
     [](const BackwardProblem<S>& problem, const Tensor& like, const Parallel&) {
       cuda::rnn_backward(problem, like);
     },
-    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+    [](const AdjointProblem<S>& problem, const Tensor& like, const Parallel&) {
       cuda::adjoint_scan(problem, like);
     },
-    [](const ScanProblem<S>& problem, const Tensor& like, const Parallel&) {
+    [](const TangentProblem<S>& problem, const Tensor& like, const Parallel&) {
       cuda::tangent_scan(problem, like);
     },
 };

@@ -23,21 +23,19 @@ void check_scan(const char* op, const char* name, const Tensor& g, const Tensor&
   check_state(op, "mask", mask, networks, sizes, H, name, g);
 }
 
-template <class S>
-ScanProblem<S> scan_problem(const ScheduleOf& schedule, const Operands& network,
-                            const OptionalTensor& alpha, const OptionalTensor& mask,
-                            const Tensor& g, const Tensor& gate, const Tensor& weight_hh,
-                            const Tensor& d, bool gate_stops) {
-  ScanProblem<S> problem;
+// What both problems have alike.
+template <template <class> class Problem, class S>
+Problem<S> scan_problem(const ScheduleOf& schedule, const Operands& network,
+                        const OptionalTensor& alpha, const OptionalTensor& mask, const Tensor& gate,
+                        bool gate_stops, const Tensor& weight_hh) {
+  Problem<S> problem;
   problem.schedule = schedule.of(network);
   problem.H = weight_hh.size(-2);
   problem.alpha = network.data<Compute<S>>(alpha);
   problem.mask = network.rows<S>(mask);
-  problem.g = network.rows<S>(g);
   problem.gate = network.rows<S>(gate);
   problem.gate_stops = gate_stops;
   problem.weight_hh = network.data<S>(weight_hh);
-  problem.d = network.output_rows<S>(d);
   return problem;
 }
 
@@ -66,8 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> adjoint_scan(
     using S = typename decltype(dtype)::type;
     const int64_t work = sizes.rows() * H * H;
     for_each_network(g, networks, work, [&](const Operands& network, const Parallel& threads) {
-      ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, g_rows,
-                                               gate_rows, weight_rows, d, gate_stops);
+      auto problem = scan_problem<AdjointProblem, S>(schedule, network, alpha_row, mask_rows,
+                                                     gate_rows, gate_stops, weight_rows);
+      problem.g = network.rows<S>(g_rows);
+      problem.d = network.output_rows<S>(d);
       problem.clip = clip.value_or(-1);
       problem.d0 = network.output_rows<S>(d0);
       problem.restart = keep ? network.output<S>(d_restart) : nullptr;
@@ -100,10 +100,12 @@ Tensor tangent_scan(const Tensor& c, const OptionalTensor& q0, const Tensor& gat
     using S = typename decltype(dtype)::type;
     const int64_t work = sizes.rows() * H * H;
     for_each_network(c, networks, work, [&](const Operands& network, const Parallel& threads) {
-      ScanProblem<S> problem = scan_problem<S>(schedule, network, alpha_row, mask_rows, c_rows,
-                                               gate_rows, weight_rows, q, gate_stops);
-      problem.d0_in = network.rows<S>(q0_rows);
-      problem.restart_in = network.rows<S>(restart_rows);
+      auto problem = scan_problem<TangentProblem, S>(schedule, network, alpha_row, mask_rows,
+                                                     gate_rows, gate_stops, weight_rows);
+      problem.c = network.rows<S>(c_rows);
+      problem.q = network.output_rows<S>(q);
+      problem.q0 = network.rows<S>(q0_rows);
+      problem.restart = network.rows<S>(restart_rows);
       backend_of<S>(c).tangent_scan(problem, c, threads);
     });
   });

@@ -715,7 +715,8 @@ TRAIN_ONE_STEP = """
     tensors, grad_output = inputs(T), torch.ones(T, B, H)
     before = resident()
     output = train(tensors, grad_output)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status") as file:  # not ru_maxrss, which begins with the parent's
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     gradients = sum(t.grad.nbytes for t in tensors)
     print((peak - before - output.nbytes - gradients) / output.nbytes)
 """

@@ -167,27 +167,40 @@ struct BackwardProblem {
   Compute<S>* norms{};                    // out (rows): |d_t| of each row, in memory order
 };
 
-// adjoint, from the last step to the first:
+// From the last step to the first:
 //   d_t = g_t + (1 - alpha) d_{t+1} + m ((gate_{t+1} d_{t+1}) W_hh)
-// tangent, from the first step to the last:
-//   d_t = g_t + (1 - alpha) d_{t-1} + gate_t ((m d_{t-1}) W_hh^T)
-// both across linked steps only; each is the transpose of the other.
+// across linked steps only.
 template <class S>
-struct ScanProblem {
+struct AdjointProblem {
   Schedule schedule;
   int64_t H = 0;
   const Compute<S>* alpha{};
-  double clip = -1;          // adjoint only
-  Rows<const S> g;           // (T, B, H) or (N, H)
-  Rows<const S> gate;        // as g: alpha f'(z_t)
-  bool gate_stops = false;   // a gate of zero stops even what is infinite or NaN
-  Rows<const S> mask;        // (B, H) m; null: ones
-  Rows<const S> d0_in;       // tangent (B, H): before each row's first step; null: zeros
-  Rows<const S> restart_in;  // tangent (B, H): arrives where a row restarts; null: zeros
-  const S* weight_hh{};      // (H, H) contiguous
-  Rows<S> d;                 // out, as g
-  Rows<S> d0;                // adjoint, out (B, H): once more, before each row's first step
-  S* restart{};              // adjoint, out (B, H) contiguous: the sum of what leaves at restarts
+  double clip = -1;
+  Rows<const S> g;          // (T, B, H) or (N, H)
+  Rows<const S> gate;       // as g: alpha f'(z_t)
+  bool gate_stops = false;  // a gate of zero stops even what is infinite or NaN
+  Rows<const S> mask;       // (B, H) m; null: ones
+  const S* weight_hh{};     // (H, H) contiguous
+  Rows<S> d;                // out, as g
+  Rows<S> d0;               // out (B, H): once more, before each row's first step
+  S* restart{};             // out (B, H) contiguous: the sum of what leaves at restarts
+};
+
+// Its transpose, from the first step to the last:
+//   q_t = c_t + (1 - alpha) q_{t-1} + gate_t ((m q_{t-1}) W_hh^T)
+template <class S>
+struct TangentProblem {
+  Schedule schedule;
+  int64_t H = 0;
+  const Compute<S>* alpha{};
+  Rows<const S> c;          // (T, B, H) or (N, H)
+  Rows<const S> gate;       // as c: alpha f'(z_t)
+  bool gate_stops = false;  // a gate of zero stops even what is infinite or NaN
+  Rows<const S> mask;       // (B, H) m; null: ones
+  Rows<const S> q0;         // (B, H): before each row's first step; null: zeros
+  Rows<const S> restart;    // (B, H): arrives where a row restarts; null: zeros
+  const S* weight_hh{};     // (H, H) contiguous
+  Rows<S> q;                // out, as c
 };
 
 }  // namespace torch_bptt

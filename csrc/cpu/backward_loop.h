@@ -5,7 +5,7 @@
 // T.
 #pragma once
 
-#include "linear_loop.h"
+#include "adjoint_loop.h"
 #include "row_norms.h"
 #include "weight_gradients.h"
 

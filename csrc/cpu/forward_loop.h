@@ -3,6 +3,7 @@
 
 #include "../core/cell.h"
 #include "inner_products.h"
+#include "state_rows.h"
 #include "team.h"
 #include "vector_math.h"
 
@@ -62,23 +63,6 @@ void keep_final(const Schedule& s, int64_t t, const Share& share, const Rows<S>&
                      uint64_t(share.columns.end - share.columns.begin) * sizeof(S));
 }
 
-// to = m p, rounded as a state is.
-template <class S>
-void mask_row(const S* mask, const Operand<S>* p, Operand<S>* to, int64_t H) {
-  using C = Compute<S>;
-  for_columns<C>(0, H, [&](int64_t j, auto lanes) {
-    store(to + j, rounded_to<S>(load(mask + j, lanes) * load(p + j, lanes)), lanes);
-  });
-}
-
-// A row of H for every row of the batch, of the current step and of the one before, in turns.
-template <class C>
-struct StateRing {
-  C* data;
-  int64_t B, H;
-  C* row(int64_t t, int64_t b) const { return data + ((t & 1) * B + b) * H; }
-};
-
 template <class S>
 class ForwardLoop {
  public:
@@ -108,8 +92,8 @@ class ForwardLoop {
         store(bias.get() + j, load(bias.get() + j, lanes) + load(part + j, lanes), lanes);
       });
     if constexpr (kConverted<S>) {
-      convert(p.h0, h0.get());
-      convert(p.restart, restart.get());
+      convert_state(p.h0, s.B, p.H, h0.get());
+      convert_state(p.restart, s.B, p.H, restart.get());
     }
     run_team(parallel, cut.threads, [this](const Team& team) { run_thread(team); });
   }
@@ -120,11 +104,6 @@ class ForwardLoop {
 
   Panels<P> weight_ih() const { return {panels_ih.get(), p.I, p.H}; }
   Panels<P> weight_hh() const { return {panels_hh.get(), p.H, p.H, s.B <= kFewRows}; }
-
-  void convert(const Rows<const S>& state, P* to) const {
-    for (int64_t b = 0; state.data && b < s.B; ++b)
-      convert_row(state.data + b * state.row, to + b * p.H, p.H);
-  }
 
   // Whether a weight of K terms is packed.
   bool packed(int64_t K) const { return !takes_inner_products<C>(s.rows(), K); }

@@ -3,7 +3,7 @@
 // Included once per file.
 #include "backward_loop.h"
 #include "forward_loop.h"
-#include "linear_loop.h"
+#include "tangent_loop.h"
 
 namespace torch_bptt::cpu {
 

@@ -10,8 +10,8 @@ template <class S>
 struct KernelsFor {
   void (*rnn_forward)(const ForwardProblem<S>&, const Parallel&);
   void (*rnn_backward)(const BackwardProblem<S>&, const Parallel&);
-  void (*adjoint_scan)(const ScanProblem<S>&, const Parallel&);
-  void (*tangent_scan)(const ScanProblem<S>&, const Parallel&);
+  void (*adjoint_scan)(const AdjointProblem<S>&, const Parallel&);
+  void (*tangent_scan)(const TangentProblem<S>&, const Parallel&);
 };
 
 // One instruction set.

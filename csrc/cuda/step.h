@@ -431,7 +431,10 @@ class Step {
   // gate v, where a gate that stops lets nothing through.
   template <int N>
   TORCH_BPTT_DEVICE Elements<C, N> passed(const Elements<C, N>& gate, Elements<C, N> v) const {
-    for_elements<N>(N, [&](int e) { v[e] = l.gate_stops && gate[e] == 0 ? 0 : gate[e] * v[e]; });
+    for_elements<N>(N, [&](int e) {
+      v[e] = l.gate_stops ? torch_bptt::passed<true>(gate[e], v[e])
+                          : torch_bptt::passed<false>(gate[e], v[e]);
+    });
     return v;
   }
 
