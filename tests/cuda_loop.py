@@ -50,10 +50,7 @@ INCLUDE = ["-DTORCH_BPTT_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests
 SOURCES = [
     *(HOST / name for name in ("fibers.cpp", "one_loop.cpp")),
     *(HOST / f"on_host_{path}_path.cpp" for path in ("cluster", "grid")),
-    *(
-        ROOT / "csrc/cuda" / name
-        for name in ("cluster_plan.cpp", "gemm_plan.cpp", "grid_plan.cpp", "plan.cpp")
-    ),
+    *sorted((ROOT / "csrc/cuda").glob("*plan.cpp")),
 ]
 
 

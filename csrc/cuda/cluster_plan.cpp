@@ -33,15 +33,6 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, Arithmetic
 
 }  // namespace
 
-int64_t resident_clusters(const DeviceFacts& device, int cluster) {
-  // Estimated: they do not cross the parts of the chip, so some places stay empty.
-  int64_t clusters = device.multiprocessors * 95 / (100 * cluster);
-  if (device.resident_clusters[0])
-    for (int i = 0, size = 2; i < 4; ++i, size *= 2)
-      if (size == cluster) clusters = device.resident_clusters[i];
-  return clusters > 0 ? clusters : 1;
-}
-
 bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
   if (task.dtype == Dtype::float64 || task.H < 1 || task.B < 1) return false;
   const bool tensor = has_tensor_units(device, task);
@@ -58,7 +49,7 @@ bool plan_cluster(const DeviceFacts& device, const Task& task, Plan* plan) {
       plan->arithmetic = arithmetic;
       plan->rows = rows;
       plan->cluster = cluster;
-      plan->blocks = round_up(task.B, rows) / rows * cluster;
+      plan->blocks = ceil_div(task.B, rows) * cluster;
       plan->threads = layout.threads;
       plan->shared_bytes = layout.shared_bytes;
       plan->step_ns = step_ns;

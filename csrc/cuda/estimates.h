@@ -6,6 +6,8 @@ namespace torch_bptt::cuda {
 
 constexpr double kClock = 1.7;      // cycles for each nanosecond
 constexpr double kLaunchNs = 2000;  // from one kernel of a stream to the next
+// Of the host, outside CUDA graphs: a kernel; a product of PyTorch, with the views that it is of.
+constexpr double kHostLaunchNs = 2700, kHostProductNs = 6000;
 
 // A chunk of 16 units by 8 rows (tiles.h) on one of four schedulers, and without tensor cores.
 constexpr double kTensorCycles = 6.3, kPlainCycles = 40;

@@ -38,7 +38,7 @@ double estimated_step_ns(const DeviceFacts& device, const Task& task, bool tenso
   // Where tiles are few a library cuts the sums, and one more kernel adds them up.
   const int64_t tiles = ceil_div(task.H, kTile) * ceil_div(task.B, kTile);
   const int kernels = 2 * tiles < device.multiprocessors ? 3 : 2;
-  return kernels * kLaunchNs + kFillNs + product + finish;
+  return std::max(kHostProductNs + kHostLaunchNs, kernels * kLaunchNs + kFillNs + product + finish);
 }
 
 }  // namespace
