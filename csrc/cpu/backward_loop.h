@@ -48,10 +48,14 @@ class BackwardLoop {
   static constexpr int64_t kPartRows = 256;
 
   Panels<P> weight_hh() const {
-    return {panels_hh.get(), p.H, p.H, s.B <= kFewRows, false, in_place(p.weight_hh, p.H)};
+    return {.data = panels_hh.get(),
+            .K = p.H,
+            .N = p.H,
+            .few_rows = s.B <= kFewRows,
+            .in_place = in_place(p.weight_hh, p.H)};
   }
   Panels<P> weight_ih() const {
-    return {panels_ih.get(), p.H, p.I, false, false, in_place(p.weight_ih, p.I)};
+    return {.data = panels_ih.get(), .K = p.H, .N = p.I, .in_place = in_place(p.weight_ih, p.I)};
   }
 
   // The weight (H, N) itself, with the same result, in calls too short for packing to pay (Zen 5:

@@ -193,7 +193,7 @@ template <class P, class A>
 struct TileProblem {
   int64_t K;          // terms
   const A* const* a;  // what Source wants
-  int64_t stride;
+  int64_t stride = 0;
   const typename Product<P>::Unit* b;
   int64_t b_stride;
   const Compute<P>* const* init;  // null: zeros
@@ -202,7 +202,7 @@ struct TileProblem {
   const Lines* lines;
   // As many lines as there are units of K, which will be wanted in the second-level cache; null:
   // none
-  const typename Product<P>::Unit* ahead;
+  const typename Product<P>::Unit* ahead = nullptr;
 };
 
 // The end of a tile whose last vector is only partly columns, where storing a part of a vector
@@ -354,10 +354,18 @@ void multiply(const Panels<P>& b, int64_t begin, int64_t end, int64_t K, int64_t
       Lines lines;
       if (!b.few_rows) ahead(lines, r, r_end, j, j + columns);
       Tiles<P, RowPointers>::get(r_end - r, b.vectors(p), b.few_rows)(
-          {K, a + r, 0, b.rows(p), b.stride(p), init ? init + r : nullptr, out + r, j, columns,
-           &lines,
-           asks ? b.rows(p + 1) + g % kPanelLines * b.units(K) * int64_t(64 / sizeof *b.data)
-                : nullptr});
+          {.K = K,
+           .a = a + r,
+           .b = b.rows(p),
+           .b_stride = b.stride(p),
+           .init = init ? init + r : nullptr,
+           .out = out + r,
+           .column = j,
+           .columns = columns,
+           .lines = &lines,
+           .ahead =
+               asks ? b.rows(p + 1) + g % kPanelLines * b.units(K) * int64_t(64 / sizeof *b.data)
+                    : nullptr});
     }
     if (groups > 1) after(j, j + columns);
   }

@@ -237,9 +237,16 @@ class WeightGradients {
           stride *= p.parts;
         }
         const auto tile = Tiles<P, Columns>::get(width, panels.vectors(column), false);
-        tile({panels.K, &columns, stride, panels.rows(column), panels.stride(column),
-              start ? nullptr : out, out, panels.first_column(column), panels.columns(column),
-              &lines, nullptr});
+        tile({.K = panels.K,
+              .a = &columns,
+              .stride = stride,
+              .b = panels.rows(column),
+              .b_stride = panels.stride(column),
+              .init = start ? nullptr : out,
+              .out = out,
+              .column = panels.first_column(column),
+              .columns = panels.columns(column),
+              .lines = &lines});
       }
     }
   }
