@@ -13,6 +13,9 @@
 #include "core/activations.h"
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
+#ifdef TORCH_BPTT_CUDA
+#include "cuda_device.h"
+#endif
 #include "operators.h"
 
 // Nothing is keyword-only, as each keyword of a call from Python costs 0.4 us.
@@ -140,6 +143,21 @@ std::vector<Tensor> second_backward(const std::vector<Tensor>& tensors,
 namespace {
 
 // What would run where, for those who want to know or to test it: no device is asked.
+#ifdef TORCH_BPTT_CUDA
+std::map<std::string, pybind11::object> cuda_facts(int index) {
+  using namespace torch_bptt::cuda;
+  const DeviceFacts& facts = facts_of(c10::Device(c10::kCUDA, c10::DeviceIndex(index)));
+  return {
+      {"capability", pybind11::int_(facts.capability)},
+      {"multiprocessors", pybind11::int_(facts.multiprocessors)},
+      {"shared_bytes", pybind11::int_(facts.shared_bytes)},
+      {"largest_cluster", pybind11::int_(facts.largest_cluster)},
+      {"whole_grid", pybind11::bool_(facts.whole_grid)},
+      {"resident_clusters", pybind11::cast(std::vector<int>(std::begin(facts.resident_clusters),
+                                                            std::end(facts.resident_clusters)))}};
+}
+#endif
+
 std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int64_t, int>& device,
                                                   const std::string& operation,
                                                   const std::string& dtype, int64_t T, int64_t B,
@@ -201,6 +219,9 @@ PYBIND11_MODULE(_C, m) {
       throw pybind11::value_error(
           "set_isa: name must be an instruction set of this machine (isas()), got " + name);
   });
+#ifdef TORCH_BPTT_CUDA
+  m.def("cuda_facts", cuda_facts, pybind11::arg("index"));
+#endif
   m.def("cuda_plan", cuda_plan, pybind11::arg("device"), pybind11::arg("operation"),
         pybind11::arg("dtype"), pybind11::arg("T"), pybind11::arg("B"), pybind11::arg("H"),
         pybind11::arg("tf32") = false, pybind11::arg("path") = std::nullopt,

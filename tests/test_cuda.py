@@ -4,6 +4,8 @@ What holds on every device is tested by the other files, with the same option.
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tolerances import TF32_EPS, close_to_truth, largest_error, same_bits
 
 import torch_bptt
 from torch_bptt import RNN
+from torch_bptt._extension import _C
 
 if torch.get_default_device().type != "cuda":
     pytest.skip("needs --device cuda", allow_module_level=True)
@@ -317,3 +320,37 @@ def test_more_than_two_to_the_31_elements():
 def test_the_build_knows_its_cuda():
     facts = torch_bptt._extension._C.build_info()
     assert facts["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
+
+
+# --- the device, and settings ---------------------------------------------------------------------
+
+
+def test_the_plan_finds_what_the_device_has():
+    """Where a query fails the plan would leave out paths without a word."""
+    facts = _C.cuda_facts(torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability()
+    assert facts["capability"] == 10 * major + minor
+    if facts["capability"] == 90:
+        assert facts["largest_cluster"] == 16
+        assert facts["whole_grid"]
+        for size, clusters in zip((2, 4, 8, 16), facts["resident_clusters"], strict=True):
+            assert 0.75 * facts["multiprocessors"] <= size * clusters <= facts["multiprocessors"]
+
+
+@pytest.mark.parametrize("setting", ["matmul", "cudnn.rnn", "all"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_newer_settings_of_precision(setting, precision):
+    """In a process of its own: PyTorch refuses the older flags once these were used."""
+    where = {"matmul": "cuda.matmul.", "cudnn.rnn": "cudnn.rnn.", "all": ""}[setting]
+    program = f"""
+import torch, torch_bptt
+torch.backends.{where}fp32_precision = "{precision}"
+rnn = torch_bptt.RNN(64, 1100, device="cuda")
+output, _ = rnn(torch.randn(5, 600, 64, device="cuda"))
+output.sum().backward()
+assert rnn.weight_hh_l0.grad.isfinite().all()
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

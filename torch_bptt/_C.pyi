@@ -15,6 +15,12 @@ def set_isa(name: str) -> None:
 def activations() -> list[str]:
     """The nonlinearities the kernels know."""
 
+def cuda_facts(index: int) -> dict[str, int | bool | list[int]]:
+    """What the plan asks of that CUDA device; in builds with CUDA alone.
+
+    resident_clusters: of 2, 4, 8 and 16 blocks, how many run at a time.
+    """
+
 def cuda_plan(
     device: tuple[int, int, int, int],
     operation: str,

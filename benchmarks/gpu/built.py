@@ -1,4 +1,5 @@
-"""Fails unless torch_bptt was built with CUDA; puts the compiled part, by gzip, into a folder.
+"""Fails unless torch_bptt was built with CUDA; says what the plan knows of the device, and puts the
+compiled part, by gzip, into a folder.
 
     python -m gpu.built FOLDER
 
@@ -18,6 +19,7 @@ def main(folder: str) -> int:
     if not facts["cuda"][0].isdigit():  # a version comes first, if it was built for a GPU
         print(f"gpu.built: torch_bptt was built without CUDA: {facts['cuda']}")
         return 1
+    print("\n".join(f"{name}: {value}" for name, value in _C.cuda_facts(0).items()))
     library = Path(_C.__file__)
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{library.name}.gz").write_bytes(gzip.compress(library.read_bytes()))
