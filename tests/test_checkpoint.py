@@ -5,6 +5,7 @@ The plain run is held against torch.nn.RNN and against loops elsewhere; here it 
 
 import math
 import re
+import threading
 import weakref
 from pathlib import Path
 
@@ -254,17 +255,99 @@ def test_dropout_is_the_same_in_the_second_run(checkpoint):
     assert torch.autograd.gradgradcheck(outputs, inputs)
 
 
-def test_backward_leaves_the_generator_alone():
-    _, net = networks(num_layers=2, dropout=0.5)
-    output, _ = net(randn(T, B, I))
+RANDOM = [{"num_layers": 2, "dropout": 0.5}, {"noise": 0.3}]
+
+
+def of_seed(net, seed, x):
+    torch.manual_seed(seed)
+    return net(x)
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_the_seed_decides(options):
+    _, net = networks(**options)
+    results = [of_seed(net, seed, randn(T, B, I))[0] for seed in (0, 0, 1)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
     before = torch.get_rng_state()
-    output.sum().backward()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(net(randn(T, B, I))[0], results[2])  # later calls draw other numbers
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_stretch_draws_what_the_plain_run_draws():
-    plain, checkpointed = networks(num_layers=2, dropout=0.5, checkpoint=T)
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_backward_leaves_the_generator_alone(options):
+    """Also while it runs: whoever draws from it meanwhile neither disturbs nor is disturbed."""
+    _, net = networks(**options)
+    x, found = randn(T, B, I).requires_grad_(), []
+    for disturb in (False, True):
+        output, _ = of_seed(net, 3, x)
+        before = torch.get_rng_state()
+        with Disturbing() if disturb else torch.enable_grad():
+            found.append(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
+        assert torch.equal(torch.get_rng_state(), before) != disturb
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+
+
+class Disturbing(TorchDispatchMode):
+    """Draws a number before every operator, as another thread might, and never finds torch's own
+    generator at a number that it has drawn before."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        number = torch.default_generator.get_state().numpy().tobytes()
+        assert number not in self.drawn
+        self.drawn.add(number)
+        torch.rand(())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_threads(options):
+    """Each goes back through the same graph, while others do, and all draw numbers of their own."""
+    _, net = networks(**options, checkpoint=2)
+    x = randn(40, B, I).requires_grad_()
+    output, _ = net(x)
+    (expected,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    found = []
+
+    def go_back():
+        for _ in range(10):
+            torch.rand(3)
+            found.append(torch.autograd.grad(output.sum(), x, retain_graph=True)[0])
+
+    threads = [threading.Thread(target=go_back) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(grad, expected) for grad in found)
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_one_stretch_draws_what_the_plain_run_draws(options, monkeypatch):
+    """From a generator that is where torch's own is."""
+
+    def copied(draws, device):
+        return draws._replace(generator=torch.default_generator.clone_state())
+
+    monkeypatch.setattr(implementation, "_seeded", copied)
+    plain, checkpointed = networks(**options, checkpoint=T)
     assert_same_run(run(checkpointed, randn(T, B, I)), run(plain, randn(T, B, I)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dropout_from_a_generator_is_torch_s(p, dtype):
+    x = torch.randn(50, 7, dtype=dtype)
+    own = torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
+    draws = functional.Draws(dropout=p, generator=own)
+    assert torch.equal(functional._dropout(x, draws), torch.nn.functional.dropout(x, p))
 
 
 def test_dropout_drops_its_share():

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
 from torch_bptt.autograd import Options
-from torch_bptt.functional import Draws, Layer, layer, run
-
-_NO_DRAWS = Draws()
+from torch_bptt.functional import NO_DRAWS, Draws, Layer, layer, run
 
 
 class RNN(nn.RNNBase):
@@ -184,28 +183,36 @@ class RNN(nn.RNNBase):
         """
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return _leaf(self, input, hx, lengths=lengths, reset=reset, need_output=need_output)
-        layers = self._layers()
+        layers, options, draws, h0 = self._network()
         rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first, hx)
         if hx is not None:
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
+        elif h0 is not None:
+            one = not isinstance(input, PackedSequence) and input.dim() == 2
+            hx = h0 if one else h0.unsqueeze(1).expand(-1, rows, -1)
+        return run(
+            input, hx, layers, options, self.batch_first, draws, lengths, reset,
+            self.checkpoint, need_output, self._observer,
+        )  # fmt: skip
+
+    def _network(self):
+        """layers, options and draws as ``functional.run`` takes them, and the learned h0 or None.
+
+        As they are now: parameters and parametrizations are looked up once, and not kept.
+        """
+        layers, h0 = self._layers(), None
         if self.learn_h0:
             h0 = self.h0
             layers = [own._replace(restart=h) for own, h in zip(layers, h0.unbind(), strict=True)]
-            if hx is None:
-                one = not isinstance(input, PackedSequence) and input.dim() == 2
-                hx = h0 if one else h0.unsqueeze(1).expand(-1, rows, -1)
         activation = self.mode.removeprefix("RNN_").lower()
         options = [
             Options(activation, reverse, self.truncate or 0, self.clip_grad_h)
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
-        draws = _NO_DRAWS
+        draws = NO_DRAWS
         if self.training and (self.dropout or self.recurrent_dropout or self.noise):
             draws = Draws(self.dropout, self.recurrent_dropout, self.noise)
-        return run(
-            input, hx, layers, options, self.batch_first, draws, lengths, reset,
-            self.checkpoint, need_output, self._observer,
-        )  # fmt: skip
+        return layers, options, draws, h0
 
     def _layers(self):
         missing = () if self.bias else (None, None)
@@ -387,6 +394,16 @@ def plain_class(module):
     """The class of module, seen through parametrizations, which derive a new one per module."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def is_plain(module, cls):
+    """Whether to call module is to run the forward of cls and nothing else: no hooks around it."""
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    changed = any(hooks) or _has_any_global_hook() or "forward" in vars(module)
+    return plain_class(module) is cls and not changed
 
 
 def _as(cls, module, expected):
