@@ -333,8 +333,9 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
         arriving = arriving.detach() if stretch.cut else arriving
         parts[first], last = _run_again(ctx, number, x_parts[first], arriving, network)
         state = _replace(state, last)
-    output = torch.cat([parts[first] for first in sorted(parts)])
-    ends = [(output, grad_output), (state, grad_h_n)]
+    ends = [(state, grad_h_n)]
+    if grad_output is not None:
+        ends.append((torch.cat([parts[first] for first in sorted(parts)]), grad_output))
     ends = [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
     chosen = [view for view, of in zip(views, wanted, strict=True) if of]
     if ends:

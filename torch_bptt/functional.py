@@ -205,7 +205,7 @@ def run(
         if padding is not None:
             over = functools.partial(_stack, padding=padding)
         elif isinstance(batch_sizes, Ragged):
-            over = _stack_ragged
+            over = functools.partial(_stack_ragged, need_output=need_output)
         if checkpoint is None and need_output:
             return over(*call, observer)
         return run_in_stretches(over, *call, checkpoint, need_output)
@@ -320,11 +320,13 @@ def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None, padd
     return x, _join(h_n, packed)
 
 
-def _stack_ragged(layers, options, draws, x, hx, ragged, keep, observer=None):
+def _stack_ragged(
+    layers, options, draws, x, hx, ragged, keep, observer=None, need_output=True
+):  # fmt: skip
     """``_stack`` over the rows of a dense x that have steps; output is zero where none is."""
     data, batch_sizes, unpack = ragged.pack(x)
     output, h_n = _stack(layers, options, draws, data, hx, batch_sizes, keep, observer)
-    return unpack(output), h_n
+    return unpack(output) if need_output else None, h_n
 
 
 # One state of many is (1, B, H), or (B, H) where rows are packed. Where there is but one, every

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.proxy import TraceError
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
@@ -181,8 +183,13 @@ class RNN(nn.RNNBase):
             ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
                 or ValueError.
         """
-        if isinstance(input, Proxy) or isinstance(hx, Proxy):
-            return _leaf(self, input, hx, lengths=lengths, reset=reset, need_output=need_output)
+        if is_fx_symbolic_tracing():
+            given = {"lengths": lengths, "reset": reset}
+            if need_output is not True:
+                given["need_output"] = need_output
+            node = _leaf(self, input, hx, **given)
+            if node is not None:
+                return node
         layers, options, draws, h0 = self._network()
         rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first, hx)
         if hx is not None:
@@ -352,8 +359,10 @@ class RNNCell(nn.RNNCellBase):
             ValueError: a wrong number of dimensions.
             RuntimeError: a wrong size, dtype or device; an unknown nonlinearity.
         """
-        if isinstance(input, Proxy) or isinstance(hx, Proxy):
-            return _leaf(self, input, hx)
+        if is_fx_symbolic_tracing():
+            node = _leaf(self, input, hx)
+            if node is not None:
+                return node
         weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
         batched = input.dim() == 2
@@ -437,10 +446,31 @@ def _as(cls, module, expected):
 
 
 def _leaf(module, input, hx, **options):
-    """What torch.fx.symbolic_trace notes of a call: one node, as of the modules of torch.nn."""
-    tracer = (input if isinstance(input, Proxy) else hx).tracer
-    path = tracer.path_of_module(module)
-    return tracer.create_proxy("call_module", path, (input, hx), options)
+    """What torch.fx.symbolic_trace notes of a call: one node, as of the modules of torch.nn, with
+    the arguments that are not None. A call that no proxy came into is not noted, but made.
+    """
+    proxy = next(_proxies((input, hx, *options.values())), None)
+    if proxy is None:
+        return None
+    if getattr(proxy.tracer, "root", None) is module:
+        name = type(module).__name__
+        raise TraceError(
+            f"{name} is a leaf, expected a module that contains it as what is traced, got {name} "
+            "itself: trace nn.Sequential(module)"
+        )
+    args = (input,) if hx is None else (input, hx)
+    options = {name: option for name, option in options.items() if option is not None}
+    path = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy("call_module", path, args, options)
+
+
+def _proxies(value):
+    """All in value, a PackedSequence or a list of lengths among others."""
+    if isinstance(value, Proxy):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _proxies(part)
 
 
 def _for_script(module):
