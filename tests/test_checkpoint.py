@@ -367,14 +367,15 @@ def test_dropout_drops_its_share():
 
 @pytest.mark.parametrize("layout", ["batch", "lengths"])
 @pytest.mark.parametrize("options", [{}, {"truncate": 2, "alpha": 0.3}, {"num_layers": 2}], ids=str)
-def test_second_derivatives(layout, options):
+@pytest.mark.parametrize("need_output", [True, False])
+def test_second_derivatives(layout, options, need_output):
     results = []
     for net in networks(**options, checkpoint=2):
         input, hx, keywords = arguments(layout, net.num_layers)
         input.requires_grad_()
         # hx depends on a parameter: its gradient must not be counted twice.
-        output, h_n = net(input, hx * net.weight_hh_l0.sum(), **keywords)
-        loss = (output**2).sum() + (h_n**3).sum()
+        output, h_n = net(input, hx * net.weight_hh_l0.sum(), need_output=need_output, **keywords)
+        loss = (h_n**3).sum() + ((output**2).sum() if need_output else 0)
         leaves = [input, *net.parameters()]
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         second = torch.autograd.grad(sum((grad**2).sum() for grad in first), leaves)
@@ -445,11 +446,11 @@ class Memory(TorchDispatchMode):
         self.now -= nbytes
 
 
-def states_held(net, steps, need_output, grad=True):
+def states_held(net, steps, need_output, grad=True, lengths=None):
     """The most memory of a training step beyond its input, in states of all rows."""
-    x = randn(steps, B, I)
+    x = randn(*((B, steps) if net.batch_first else (steps, B)), I)
     with Memory(x, *net.parameters()) as memory, torch.set_grad_enabled(grad):
-        _, h_n = net(x, need_output=need_output)
+        _, h_n = net(x, need_output=need_output, lengths=lengths)
         if grad:
             h_n.sum().backward()
     net.zero_grad()
@@ -477,6 +478,38 @@ def test_memory(steps, monkeypatch):
     monkeypatch.setattr(implementation, "AT_ONCE", 10 * B * H)
     assert states_held(plain, steps, need_output=False, grad=False) <= 10 + FEW
     assert states_held(checkpointed, steps, need_output=False, grad=False) <= 10 + FEW
+
+
+@pytest.mark.parametrize("steps", [100, 2500])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_memory_with_lengths(steps, batch_first, monkeypatch):
+    """The input is packed a stretch at a time. One step of a stretch then takes, in numbers of a
+    row: I as packed, and once more where flattening copies, H of output; places in it, which are
+    int64: step, row and what is computed from them, 6 at the same time at most; and in backward I
+    and I of gradients. The step itself, twice, for all rows. So less than 2 + (4 I + 8) / H states.
+    Of every stretch, of 10 steps and more, the lengths are noted: 1 / H.
+    """
+    lengths = torch.tensor([steps, steps // 3, 0, steps - 1])
+    plain, checkpointed = networks(batch_first=batch_first)
+    root, step = math.isqrt(steps), 2 + (4 * I + 8) / H
+    got = states_held(checkpointed, steps, need_output=False, lengths=lengths)
+    assert got <= (1 + step + 1 / H) * root + FEW
+    monkeypatch.setattr(implementation, "AT_ONCE", 10 * B * H)
+    for net in (plain, checkpointed):
+        got = states_held(net, steps, need_output=False, grad=False, lengths=lengths)
+        assert got <= 10 * step + steps / 10 / H + FEW
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 4, 0, 2], [0] * B, [T] * B], ids=str)
+def test_lengths_short_of_the_input(lengths, batch_first):
+    """Stretches end with the longest row; output and gradients are zero from there on."""
+    plain, checkpointed = networks(batch_first=batch_first, checkpoint=2)
+    x = randn(B, T, I) if batch_first else randn(T, B, I)
+    expected = run(plain, x, lengths=lengths)
+    assert_same_run(run(checkpointed, x, lengths=lengths), expected)
+    last = run(ManyToOne(checkpointed, False), x, lengths=lengths, hx=randn(1, B, H))
+    assert_same_run(last, run(ManyToOne(plain, True), x, lengths=lengths, hx=randn(1, B, H)))
 
 
 # ---- what is refused -----------------------------------------------------------------------------

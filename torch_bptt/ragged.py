@@ -39,8 +39,8 @@ class Ragged:
         if isinstance(steps, int):
             return (self.lengths > steps % len(self)).sum()
         first, last, _ = steps.indices(len(self))
-        lengths = (self.lengths - first).clamp(max=last - first)
-        return Ragged(lengths[lengths > 0], self.order[lengths > 0])
+        rows = int(self[first])
+        return Ragged((self.lengths[:rows] - first).clamp(max=last - first), self.order[:rows])
 
     def existing(self) -> Tensor:
         """(T, N) bool, on the CPU: which rows have which steps."""
