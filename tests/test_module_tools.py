@@ -178,6 +178,29 @@ def test_made_without_values_and_filled_later(form, how):
     assert_same_bits(other.call(*other.tensors), subject.call(*subject.tensors))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_made_without_values_a_tensor_alpha_is_set_by_hand(learned):
+    """docs/distributed.md: everything else reset_parameters draws, as without the meta device."""
+    alpha = torch.linspace(0.1, 0.9, H)
+    given = nn.Parameter(alpha.clone()) if learned else alpha.clone()
+    torch.manual_seed(0)
+    expected = torch_bptt.RNN(I, H, alpha=given, learn_h0=True)
+    with torch.device("meta"):
+        empty = torch.empty(H)
+        net = torch_bptt.RNN(I, H, alpha=nn.Parameter(empty) if learned else empty, learn_h0=True)
+    net = net.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.fill_(torch.nan)  # as what the memory held might be
+    torch.manual_seed(0)
+    net.reset_parameters()
+    assert [name for name, value in net.state_dict().items() if value.isnan().any()] == ["alpha"]
+    with torch.no_grad():
+        net.alpha.copy_(alpha)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
 # ---- saving and sharing --------------------------------------------------------------------------
 
 
@@ -439,6 +462,19 @@ def test_fx_notes_the_arguments_that_were_given():
     called = [n for n in torch.fx.symbolic_trace(OfLengths()).graph.nodes if n.op == "call_module"]
     assert called[0].kwargs["need_output"] is False
     assert [list(node.kwargs)[:1] for node in called] == [["lengths"], ["lengths"], ["reset"]]
+
+
+class OfConstants(OfLengths):
+    def forward(self, x):
+        return x + self.rnn(self.x)[0]
+
+
+def test_fx_makes_a_call_on_constants():
+    model = OfConstants()
+    expected = model(1)
+    traced = torch.fx.symbolic_trace(model)
+    assert "call_module" not in [node.op for node in traced.graph.nodes]
+    assert torch.equal(traced(1), expected)
 
 
 @pytest.mark.parametrize("cls", [torch_bptt.RNN, torch_bptt.RNNCell, nn.RNN])

@@ -36,7 +36,8 @@ class ElmanNetwork(nn.Module):
             too; device and dtype are also those of the head.
     Attributes:
         rnn: the recurrent layers, a ``torch_bptt.RNN``.
-        head: V and c, a ``torch.nn.Linear`` of (K, D*H) and (K,).
+        head: V and c, a ``torch.nn.Linear`` of (K, D*H) and (K,); or what it was replaced by, any
+            module that makes o of states.
     Raises:
         ValueError, TypeError: an argument makes no sense.
     Example:
@@ -121,8 +122,10 @@ class ElmanNetwork(nn.Module):
         """The loss of the predictions, without ever holding all of them.
 
         Head and loss are evaluated a chunk of predictions at a time, forward and back. (All at once
-        under torch.func, in forward mode, in torch.compile, and for second derivatives.) With
-        K outputs, o and yhat as in the class, one prediction costs
+        under torch.func, in forward mode, in torch.compile, and for second derivatives.) That is
+        so for a head that is an nn.Linear, parametrized or not, without hooks; any other is run
+        as forward runs it, on all states, and then all of o is held. With K outputs, o and yhat
+        as in the class, one prediction costs
 
         ======================  =======================================================
         'mse'                   1/K sum_k (yhat_k - y_k)^2
@@ -135,8 +138,9 @@ class ElmanNetwork(nn.Module):
         ('softmax', 'sigmoid') as well as with 'identity', where the prediction is o itself.
 
         A prediction counts if its step exists (``lengths``, a PackedSequence), ``mask`` is true
-        there and its class is not -100 (torch.nn.functional.cross_entropy's ignore_index). The
-        target of one that does not count is not read: it may be anything, NaN too.
+        there and its class is not -100 (torch.nn.functional.cross_entropy's ignore_index). With
+        many_to_one that of a row of length 0 does, too. The target of one that does not count is
+        not read: it may be anything, NaN too.
 
         Arguments:
             input, hx, lengths, reset: those of ``torch_bptt.RNN.forward``.
@@ -149,13 +153,15 @@ class ElmanNetwork(nn.Module):
                 sum divided by their number, T B if all count; 'last', the mean over rows of the
                 last prediction of each that counts.
             mask: bool, true where a prediction counts; shaped, or packed, as int64 classes are.
-            chunk: predictions evaluated at a time; None chooses so that they take about 4 MB.
+            chunk: predictions evaluated at a time (of another head than nn.Linear: taken from o to
+                the loss); None chooses so that they take about 4 MB.
         Returns:
             loss: a scalar, in float32 where the network is narrower. NaN for the mean of nothing.
             h_n: the final state of each layer and direction.
         Raises:
-            ValueError, TypeError, RuntimeError: an argument does not fit; IndexError: a class does
-                not exist. Also what ``torch_bptt.RNN.forward`` raises.
+            ValueError, TypeError, RuntimeError: an argument does not fit, or head does not make one
+                prediction of each state; IndexError: a class does not exist. Also what
+                ``torch_bptt.RNN.forward`` raises.
         """
         criterion = Criterion(loss, self.output_activation, chunk)
         criterion.check()

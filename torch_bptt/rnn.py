@@ -234,7 +234,10 @@ class RNN(nn.RNNBase):
         return [own._replace(alpha=a) for own, a in zip(layers, alphas, strict=True)]
 
     def reset_parameters(self):
-        """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays."""
+        """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays.
+
+        After to_empty() a tensor alpha has no values to stay: they are to be copied into it.
+        """
         others = {}
         for name, parameter in self.named_parameters():
             own = name.removeprefix("parametrizations.").split(".")[0]
