@@ -479,6 +479,15 @@ def test_transforms():
     assert_same("jvp", change, sum(gradient.sum() for gradient in expected))
 
 
+@pytest.mark.parametrize("kind", ["linear", "sequential", "hook"])
+def test_one_graph_of_torch_compile(kind):
+    network, x, y = make(3, 4, 2), randn(5, 3, 3), randn(5, 3, 2)
+    HEADS.get(kind, lambda network: None)(network)
+    torch.compiler.reset()  # it takes two networks for the same where only hooks tell them apart
+    compiled = torch.compile(lambda x: network.loss(x, y)[0], backend="eager", fullgraph=True)
+    compare_gradients(dict(network.named_parameters()), compiled(x), network.loss(x, y)[0])
+
+
 def test_many_gradients_at_once():
     network, x, y = make(2, 3, 4), randn(5, 3, 2), torch.randint(4, (5, 3))
     loss, _ = network.loss(x, y, loss="cross_entropy", chunk=2)

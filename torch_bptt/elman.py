@@ -168,7 +168,7 @@ class ElmanNetwork(nn.Module):
         reductions = ("mean", "sum") if self.many_to_one else ("mean", "sum", "last")
         checks.check_choice("loss", "reduction", reduction, reductions)
         layout = self._layout(input)
-        weight = bias = rows = None
+        weight = bias = rows = None  # rows: what total_loss starts from, states or, without V, o
         if is_plain(self.head, nn.Linear):
             weight, bias = self.head.weight, self.head.bias
         else:

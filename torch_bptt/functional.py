@@ -386,7 +386,7 @@ def _noise(draws, x, hidden):
 
 
 def _dropout(x, draws):
-    """F.dropout, which takes no generator."""
+    """As F.dropout, which takes no generator."""
     if draws.generator is None:
         return F.dropout(x, draws.dropout)
     kept = 1 - draws.dropout

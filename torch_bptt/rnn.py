@@ -409,7 +409,12 @@ def plain_class(module):
 
 
 def is_plain(module, cls):
-    """Whether to call module is to run the forward of cls and nothing else: no hooks around it."""
+    """Whether to call module is to run the forward of cls and nothing else: no hooks around it.
+
+    Not in torch.compile, which runs hooks but does not show them.
+    """
+    if torch.compiler.is_compiling():
+        return False
     hooks = (
         module._forward_pre_hooks, module._forward_hooks,
         module._backward_pre_hooks, module._backward_hooks,

@@ -107,7 +107,8 @@ class _Plan(NamedTuple):
         states = output.data if stretch.batch_sizes is not None else output.flatten(0, 1)
         counted = self.counted
         if counted is not None:
-            counted = counted[(counted >= rows.start) & (counted < rows.stop)] - rows.start
+            ends = torch.searchsorted(counted, counted.new_tensor([rows.start, rows.stop]))
+            counted = counted[slice(*ends.tolist())] - rows.start
         states, target = pick(states, counted), pick(self.target[rows], counted)
         total = total_loss(states, target, weight, bias, self.criterion)
         sums = F.pad(total.view(1), (0, rows.stop - rows.start - 1))
