@@ -5,6 +5,7 @@ The plain run is held against torch.nn.RNN and against loops elsewhere; here it 
 
 import math
 import re
+import threading
 import weakref
 from pathlib import Path
 
@@ -254,17 +255,99 @@ def test_dropout_is_the_same_in_the_second_run(checkpoint):
     assert torch.autograd.gradgradcheck(outputs, inputs)
 
 
-def test_backward_leaves_the_generator_alone():
-    _, net = networks(num_layers=2, dropout=0.5)
-    output, _ = net(randn(T, B, I))
+RANDOM = [{"num_layers": 2, "dropout": 0.5}, {"noise": 0.3}]
+
+
+def of_seed(net, seed, x):
+    torch.manual_seed(seed)
+    return net(x)
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_the_seed_decides(options):
+    _, net = networks(**options)
+    results = [of_seed(net, seed, randn(T, B, I))[0] for seed in (0, 0, 1)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
     before = torch.get_rng_state()
-    output.sum().backward()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(net(randn(T, B, I))[0], results[2])  # later calls draw other numbers
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_stretch_draws_what_the_plain_run_draws():
-    plain, checkpointed = networks(num_layers=2, dropout=0.5, checkpoint=T)
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_backward_leaves_the_generator_alone(options):
+    """Also while it runs: whoever draws from it meanwhile neither disturbs nor is disturbed."""
+    _, net = networks(**options)
+    x, found = randn(T, B, I).requires_grad_(), []
+    for disturb in (False, True):
+        output, _ = of_seed(net, 3, x)
+        before = torch.get_rng_state()
+        with Disturbing() if disturb else torch.enable_grad():
+            found.append(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
+        assert torch.equal(torch.get_rng_state(), before) != disturb
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+
+
+class Disturbing(TorchDispatchMode):
+    """Draws a number before every operator, as another thread might, and never finds torch's own
+    generator at a number that it has drawn before."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        number = torch.default_generator.get_state().numpy().tobytes()
+        assert number not in self.drawn
+        self.drawn.add(number)
+        torch.rand(())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_threads(options):
+    """Each goes back through the same graph, while others do, and all draw numbers of their own."""
+    _, net = networks(**options, checkpoint=2)
+    x = randn(40, B, I).requires_grad_()
+    output, _ = net(x)
+    (expected,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    found = []
+
+    def go_back():
+        for _ in range(10):
+            torch.rand(3)
+            found.append(torch.autograd.grad(output.sum(), x, retain_graph=True)[0])
+
+    threads = [threading.Thread(target=go_back) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(grad, expected) for grad in found)
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_one_stretch_draws_what_the_plain_run_draws(options, monkeypatch):
+    """From a generator that is where torch's own is."""
+
+    def copied(draws, device):
+        return draws._replace(generator=torch.default_generator.clone_state())
+
+    monkeypatch.setattr(implementation, "_seeded", copied)
+    plain, checkpointed = networks(**options, checkpoint=T)
     assert_same_run(run(checkpointed, randn(T, B, I)), run(plain, randn(T, B, I)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dropout_from_a_generator_is_torch_s(p, dtype):
+    x = torch.randn(50, 7, dtype=dtype)
+    own = torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
+    draws = functional.Draws(dropout=p, generator=own)
+    assert torch.equal(functional._dropout(x, draws), torch.nn.functional.dropout(x, p))
 
 
 def test_dropout_drops_its_share():
@@ -284,14 +367,15 @@ def test_dropout_drops_its_share():
 
 @pytest.mark.parametrize("layout", ["batch", "lengths"])
 @pytest.mark.parametrize("options", [{}, {"truncate": 2, "alpha": 0.3}, {"num_layers": 2}], ids=str)
-def test_second_derivatives(layout, options):
+@pytest.mark.parametrize("need_output", [True, False])
+def test_second_derivatives(layout, options, need_output):
     results = []
     for net in networks(**options, checkpoint=2):
         input, hx, keywords = arguments(layout, net.num_layers)
         input.requires_grad_()
         # hx depends on a parameter: its gradient must not be counted twice.
-        output, h_n = net(input, hx * net.weight_hh_l0.sum(), **keywords)
-        loss = (output**2).sum() + (h_n**3).sum()
+        output, h_n = net(input, hx * net.weight_hh_l0.sum(), need_output=need_output, **keywords)
+        loss = (h_n**3).sum() + ((output**2).sum() if need_output else 0)
         leaves = [input, *net.parameters()]
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         second = torch.autograd.grad(sum((grad**2).sum() for grad in first), leaves)
@@ -362,11 +446,11 @@ class Memory(TorchDispatchMode):
         self.now -= nbytes
 
 
-def states_held(net, steps, need_output, grad=True):
+def states_held(net, steps, need_output, grad=True, lengths=None):
     """The most memory of a training step beyond its input, in states of all rows."""
-    x = randn(steps, B, I)
+    x = randn(*((B, steps) if net.batch_first else (steps, B)), I)
     with Memory(x, *net.parameters()) as memory, torch.set_grad_enabled(grad):
-        _, h_n = net(x, need_output=need_output)
+        _, h_n = net(x, need_output=need_output, lengths=lengths)
         if grad:
             h_n.sum().backward()
     net.zero_grad()
@@ -394,6 +478,38 @@ def test_memory(steps, monkeypatch):
     monkeypatch.setattr(implementation, "AT_ONCE", 10 * B * H)
     assert states_held(plain, steps, need_output=False, grad=False) <= 10 + FEW
     assert states_held(checkpointed, steps, need_output=False, grad=False) <= 10 + FEW
+
+
+@pytest.mark.parametrize("steps", [100, 2500])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_memory_with_lengths(steps, batch_first, monkeypatch):
+    """The input is packed a stretch at a time. One step of a stretch then takes, in numbers of a
+    row: I as packed, and once more where flattening copies, H of output; places in it, which are
+    int64: step, row and what is computed from them, 6 at the same time at most; and in backward I
+    and I of gradients. The step itself, twice, for all rows. So less than 2 + (4 I + 8) / H states.
+    Of every stretch, of 10 steps and more, the lengths are noted: 1 / H.
+    """
+    lengths = torch.tensor([steps, steps // 3, 0, steps - 1])
+    plain, checkpointed = networks(batch_first=batch_first)
+    root, step = math.isqrt(steps), 2 + (4 * I + 8) / H
+    got = states_held(checkpointed, steps, need_output=False, lengths=lengths)
+    assert got <= (1 + step + 1 / H) * root + FEW
+    monkeypatch.setattr(implementation, "AT_ONCE", 10 * B * H)
+    for net in (plain, checkpointed):
+        got = states_held(net, steps, need_output=False, grad=False, lengths=lengths)
+        assert got <= 10 * step + steps / 10 / H + FEW
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 4, 0, 2], [0] * B, [T] * B], ids=str)
+def test_lengths_short_of_the_input(lengths, batch_first):
+    """Stretches end with the longest row; output and gradients are zero from there on."""
+    plain, checkpointed = networks(batch_first=batch_first, checkpoint=2)
+    x = randn(B, T, I) if batch_first else randn(T, B, I)
+    expected = run(plain, x, lengths=lengths)
+    assert_same_run(run(checkpointed, x, lengths=lengths), expected)
+    last = run(ManyToOne(checkpointed, False), x, lengths=lengths, hx=randn(1, B, H))
+    assert_same_run(last, run(ManyToOne(plain, True), x, lengths=lengths, hx=randn(1, B, H)))
 
 
 # ---- what is refused -----------------------------------------------------------------------------

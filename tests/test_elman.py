@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pairs import assert_same, randn
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -478,6 +479,15 @@ def test_transforms():
     assert_same("jvp", change, sum(gradient.sum() for gradient in expected))
 
 
+@pytest.mark.parametrize("kind", ["linear", "sequential", "hook"])
+def test_one_graph_of_torch_compile(kind):
+    network, x, y = make(3, 4, 2), randn(5, 3, 3), randn(5, 3, 2)
+    HEADS.get(kind, lambda network: None)(network)
+    torch.compiler.reset()  # it takes two networks for the same where only hooks tell them apart
+    compiled = torch.compile(lambda x: network.loss(x, y)[0], backend="eager", fullgraph=True)
+    compare_gradients(dict(network.named_parameters()), compiled(x), network.loss(x, y)[0])
+
+
 def test_many_gradients_at_once():
     network, x, y = make(2, 3, 4), randn(5, 3, 2), torch.randint(4, (5, 3))
     loss, _ = network.loss(x, y, loss="cross_entropy", chunk=2)
@@ -647,6 +657,251 @@ def test_a_parametrized_head_counts():
     chunked, _ = network.loss(x, y, chunk=3)
     assert_same("loss", chunked, whole)
     compare_gradients({"g": original}, chunked, whole)
+
+
+# ---- a head that is more than a linear map, layers that are more than their forward
+
+
+class Adapter(nn.Module):
+    """What has the weight and bias of a linear layer, and does something else."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, nn.Parameter(randn(base.out_features, base.in_features))
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, states):
+        return self.base(states) + states @ self.more.T
+
+
+class Doubled(nn.Linear):
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+def of_its_own_class(network):
+    network.head.__class__ = Doubled
+
+
+def of_its_own_forward(network):
+    head = network.head
+    head.forward = lambda states: nn.Linear.forward(head, states).sin()
+
+
+def of_all_steps(network):
+    """Each prediction depends on the others, so that the head must see what forward shows it."""
+    network.head.register_forward_hook(lambda module, args, o: o - o.cumsum(0) / 3)
+
+
+HEADS = {
+    "spectral_norm": lambda network: nn.utils.spectral_norm(network.head),
+    "pruned": lambda network: prune.random_unstructured(network.head, "weight", 2),
+    "adapter": lambda network: setattr(network, "head", Adapter(network.head)),
+    "derived": of_its_own_class,
+    "own forward": of_its_own_forward,
+    "sequential": lambda network: setattr(
+        network, "head", nn.Sequential(network.head, nn.Tanh(), nn.Linear(2, 2).double())
+    ),
+    "hook": of_all_steps,
+    "pre-hook": lambda network: network.head.register_forward_pre_hook(
+        lambda module, args: (args[0].square(),)
+    ),
+    "backward hook": lambda network: network.head.register_full_backward_hook(
+        lambda module, grads, _: (2 * grads[0],)
+    ),
+}
+
+
+def twins(change, **options):
+    """The same network twice, changed in the same way."""
+    made = []
+    for _ in range(2):
+        network = make(3, 4, 2, **options)
+        torch.manual_seed(1)
+        change(network)
+        made.append(network)
+    return made
+
+
+def learn(network, total_of):
+    """Losses and gradients of two updates."""
+    seen, optimizer = [], torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        total = total_of(network)
+        total.backward()
+        seen += [total.detach(), *(parameter.grad.clone() for parameter in network.parameters())]
+        optimizer.step()
+    return seen
+
+
+def squares(prediction, y, layout):
+    """The mean of all squared errors of a prediction, over the steps that exist."""
+    if layout == "packed":
+        prediction, lengths = pad_packed_sequence(prediction)
+    else:
+        lengths = torch.tensor([5, 2, 4] if layout == "lengths" else [5, 5, 5])
+    existing = torch.arange(5)[:, None] < lengths
+    if layout == "batch_first":
+        prediction, y = prediction.transpose(0, 1), y.transpose(0, 1)
+    if layout == "many_to_one":
+        return (prediction - y).square().mean()
+    return (prediction - y)[existing].square().mean()
+
+
+@pytest.mark.parametrize("layout", ["batch", "batch_first", "lengths", "packed", "many_to_one"])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("checkpoint", [None, 2])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_every_head_counts(kind, layout, checkpoint, chunk):
+    """As in forward, whose prediction is compared with the target here."""
+    options = {name: True for name in ("batch_first", "many_to_one") if layout == name}
+    network, other = twins(HEADS[kind], checkpoint=checkpoint, **options)
+    x, y = randn(5, 3, 3), randn(*(() if layout == "many_to_one" else (5,)), 3, 2, seed=1)
+    if layout == "batch_first":
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+    if layout == "packed":
+        x = pack_padded_sequence(x, [5, 2, 4], enforce_sorted=False)
+    more = {"lengths": [5, 2, 4]} if layout == "lengths" else {}
+    got = learn(network, lambda network: network.loss(x, y, chunk=chunk, **more)[0])
+    expected = learn(other, lambda network: squares(network(x, **more)[0], y, layout))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert_same("loss or gradient", mine, theirs)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+def test_entropies_of_a_head_of_any_kind(loss):
+    """One sequence, classes that do not count, and second derivatives, chunk by chunk and whole."""
+    network, x = make(3, 4, 2), randn(5, 3)
+    HEADS["sequential"](network)
+    classes = torch.tensor([0, 1, -100, 1, 0])
+    y = classes if loss == "cross_entropy" else randn(5, 2).sigmoid()
+    of_torch = {"cross_entropy": F.cross_entropy}.get(loss, F.binary_cross_entropy_with_logits)
+    expected = of_torch(network(x)[0], y)
+    leaves = dict(network.named_parameters())
+    for chunk in (2, None):
+        got = network.loss(x, y, loss=loss, chunk=chunk)[0]
+        assert_same("loss", got, expected)
+        compare_gradients(leaves, got, expected)
+        firsts = (
+            torch.autograd.grad(total, network.rnn.weight_hh_l0, create_graph=True)[0]
+            for total in (got, expected)
+        )
+        compare_gradients(leaves, *(first.square().sum() for first in firsts))
+
+
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [
+        (nn.Flatten(0), r"\(60,\)"),
+        (nn.Flatten(0, 1), r"\(15, 4\)"),
+        (nn.RNN(4, 2, dtype=torch.float64), "tuple"),
+    ],
+    ids=str,
+)
+def test_a_head_has_one_prediction_for_each_state(head, got):
+    network = make(3, 4, 2)
+    network.head = head
+    with pytest.raises(ValueError, match=rf"expected a tensor \(5, 3, K\), got {got}"):
+        network.loss(randn(5, 3, 3), randn(5, 3, 2))
+
+
+class Sigmoid(nn.Module):
+    def forward(self, raw):
+        return raw.sigmoid()
+
+    def right_inverse(self, value):
+        return value.logit()
+
+
+class Counted(nn.Module):
+    """Twice the weight, and how often it was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, raw):
+        self.count += 1
+        return 2 * raw
+
+
+def with_learned_alpha(network):
+    network.rnn.alpha = nn.Parameter(torch.full((4,), 0.3, dtype=torch.float64))
+    parametrize.register_parametrization(network.rnn, "alpha", Sigmoid())
+
+
+PARAMETRIZED = {
+    "orthogonal": lambda n: nn.utils.parametrizations.orthogonal(n.rnn, "weight_hh_l0"),
+    "spectral_norm": lambda n: nn.utils.parametrizations.spectral_norm(n.rnn, "weight_ih_l0"),
+    "alpha": with_learned_alpha,
+    "h0": lambda n: parametrize.register_parametrization(n.rnn, "h0", Counted()),
+    # Not by parametrizations, which a stretch knows nothing of: once for the whole sequence.
+    "old spectral_norm": lambda n: nn.utils.spectral_norm(n.rnn, "weight_hh_l0"),
+    "pruned": lambda n: prune.random_unstructured(n.rnn, "weight_hh_l0", 5),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+@pytest.mark.parametrize("layout", ["batch", "lengths", "packed"])
+def test_checkpoint_with_weights_that_are_computed(kind, layout):
+    """As without it, which is tested by itself; two updates while training."""
+    options = {"learn_h0": kind == "h0"}
+    network, other = twins(PARAMETRIZED[kind], checkpoint=2, **options)
+    other.rnn.checkpoint = None
+    x, y = randn(5, 3, 3), randn(5, 3, 2, seed=1)
+    if layout == "packed":
+        x = pack_padded_sequence(x, [5, 2, 4], enforce_sorted=False)
+    more = {"lengths": [5, 2, 4]} if layout == "lengths" else {}
+    runs = [learn(each, lambda net: net.loss(x, y, **more)[0]) for each in (network, other)]
+    for mine, theirs in zip(*runs, strict=True):
+        assert_same("loss or gradient", mine, theirs)
+
+
+@pytest.mark.parametrize("checkpoint", [None, 2])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_a_weight_is_computed_once(name, checkpoint):
+    network, counted = make(3, 4, 2, checkpoint=checkpoint), Counted()
+    parametrize.register_parametrization(network.rnn, name, counted)
+    counted.count = 0
+    network.loss(randn(7, 3, 3), randn(7, 3, 2))[0].backward()
+    assert counted.count == 1
+
+
+@pytest.mark.parametrize("checkpoint", [None, 2])
+def test_hooks_of_the_layers_run_once_and_count(checkpoint):
+    network, x, y = make(3, 4, 2, checkpoint=checkpoint), randn(7, 3, 3), randn(7, 3, 2)
+    calls = []
+    x.requires_grad_()  # else PyTorch warns that the backward hook sees no gradient of an input
+    network.rnn.register_forward_hook(lambda module, args, result: (2 * result[0], result[1]))
+    network.rnn.register_forward_pre_hook(lambda module, args: calls.append("forward"))
+    network.rnn.register_full_backward_hook(lambda module, *grads: calls.append("backward"))
+    got, expected = network.loss(x, y)[0], F.mse_loss(network(x)[0], y)
+    assert_same("loss", got, expected)
+    assert calls == ["forward"] * 2
+    leaves = [x, network.rnn.weight_hh_l0]
+    mine, other = (torch.autograd.grad(each, leaves) for each in (got, expected))
+    for name, a, b in zip(("x", "W_hh"), mine, other, strict=True):
+        assert_same(f"grad of {name}", a, b)
+    assert calls[2:] == ["backward"] * 2
+
+
+def test_a_hook_of_all_modules_counts():
+    network, x, y = make(3, 4, 2, checkpoint=2), randn(7, 3, 3), randn(7, 3, 2)
+
+    def double(module, args, result):
+        if module is network.head:
+            return 2 * result
+        return (2 * result[0], result[1]) if module is network.rnn else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        got, expected = network.loss(x, y)[0], F.mse_loss(network(x)[0], y)
+    finally:
+        handle.remove()
+    assert_same("loss", got, expected)
 
 
 def test_many_to_one_with_checkpoint_asks_for_no_output():

@@ -21,8 +21,8 @@ KNOWS_PYTHON = re.compile(r"pybind11|\bPy(?!Torch)[A-Z]\w+|Python\.h|torch/(exte
 # The Python side from top to bottom: a module imports from the package only what comes after it.
 ORDER = [
     "__main__", "bench", "__init__", "rtrl", "tbptt", "convert", "diagnose", "_watch", "_spectrum",
-    "_flow", "_plots", "elman", "init", "rnn", "functional", "stretches", "checkpoint", "padded",
-    "layout", "head", "_onnx", "checks", "autograd", "_flops", "operators", "_extension",
+    "_flow", "_plots", "elman", "init", "rnn", "stretches", "functional", "checkpoint", "padded",
+    "ragged", "layout", "head", "_onnx", "checks", "autograd", "_flops", "operators", "_extension",
     "_values", "reference", "_C",
 ]  # fmt: skip
 

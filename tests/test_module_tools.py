@@ -23,7 +23,7 @@ from subjects import (
 )  # fmt: skip
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_bptt
@@ -176,6 +176,29 @@ def test_made_without_values_and_filled_later(form, how):
     net.load_state_dict(subject.net.state_dict(), assign=how == "assign")
     other.net = net
     assert_same_bits(other.call(*other.tensors), subject.call(*subject.tensors))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_made_without_values_a_tensor_alpha_is_set_by_hand(learned):
+    """docs/distributed.md: everything else reset_parameters draws, as without the meta device."""
+    alpha = torch.linspace(0.1, 0.9, H)
+    given = nn.Parameter(alpha.clone()) if learned else alpha.clone()
+    torch.manual_seed(0)
+    expected = torch_bptt.RNN(I, H, alpha=given, learn_h0=True)
+    with torch.device("meta"):
+        empty = torch.empty(H)
+        net = torch_bptt.RNN(I, H, alpha=nn.Parameter(empty) if learned else empty, learn_h0=True)
+    net = net.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.fill_(torch.nan)  # as what the memory held might be
+    torch.manual_seed(0)
+    net.reset_parameters()
+    assert [name for name, value in net.state_dict().items() if value.isnan().any()] == ["alpha"]
+    with torch.no_grad():
+        net.alpha.copy_(alpha)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
 
 
 # ---- saving and sharing --------------------------------------------------------------------------
@@ -391,6 +414,74 @@ def test_fx_takes_a_module_for_a_leaf():
         assert torch.equal(traced(x, h, reset), model(x, h, reset))
     with pytest.raises(RuntimeError, match="Expected hidden size"):
         traced(x, h[:1], reset)
+
+
+class OfPacked(nn.Module):
+    def __init__(self, package):
+        super().__init__()
+        self.rnn = package.RNN(I, H)
+
+    def forward(self, data):
+        return self.rnn(PackedSequence(data, torch.tensor([3, 2, 1])))[1]
+
+
+class OfLengths(nn.Module):
+    """What is traced is not the input, but how much of it there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch_bptt.RNN(I, H)
+        self.register_buffer("x", torch.randn(STEPS, 2, I))
+
+    def forward(self, length, lengths, reset):
+        a = self.rnn(self.x, lengths=[length, 2], need_output=False)[1]
+        return a + self.rnn(self.x, lengths=lengths)[1] + self.rnn(self.x, reset=reset)[1]
+
+
+def test_fx_finds_a_proxy_in_every_argument():
+    torch.manual_seed(0)
+    for package in (torch_bptt, nn):
+        model = OfPacked(package)
+        traced, data = torch.fx.symbolic_trace(model), torch.randn(6, I)
+        assert [node.op for node in traced.graph.nodes].count("call_module") == 1
+        assert torch.equal(traced(data), model(data))
+    model = OfLengths()
+    traced = torch.fx.symbolic_trace(model)
+    for lengths in ([6, 3], [0, 5]):
+        given = lengths[0], torch.tensor(lengths), torch.rand(STEPS, 2) < 0.5
+        assert torch.equal(traced(*given), model(*given))
+
+
+def test_fx_notes_the_arguments_that_were_given():
+    called = [n for n in torch.fx.symbolic_trace(Model()).graph.nodes if n.op == "call_module"]
+    assert [(len(node.args), list(node.kwargs)) for node in called] == [
+        (2, ["reset"]),
+        (2, []),
+        (1, []),
+    ]
+    called = [n for n in torch.fx.symbolic_trace(OfLengths()).graph.nodes if n.op == "call_module"]
+    assert called[0].kwargs["need_output"] is False
+    assert [list(node.kwargs)[:1] for node in called] == [["lengths"], ["lengths"], ["reset"]]
+
+
+class OfConstants(OfLengths):
+    def forward(self, x):
+        return x + self.rnn(self.x)[0]
+
+
+def test_fx_makes_a_call_on_constants():
+    model = OfConstants()
+    expected = model(1)
+    traced = torch.fx.symbolic_trace(model)
+    assert "call_module" not in [node.op for node in traced.graph.nodes]
+    assert torch.equal(traced(1), expected)
+
+
+@pytest.mark.parametrize("cls", [torch_bptt.RNN, torch_bptt.RNNCell, nn.RNN])
+def test_fx_traces_what_contains_a_module_and_not_the_module(cls):
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(cls(I, H))
+    torch.fx.symbolic_trace(nn.Sequential(cls(I, H)))
 
 
 # ---- counting ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pairs import randn
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import torch_bptt
 from torch_bptt import RNN, RNNCell, functional, rtrl
@@ -476,6 +476,25 @@ def test_an_option_of_the_layer_that_rtrl_does_not_have(option):
     setattr(net, option, 0.5)
     with pytest.raises(ValueError, match=f"cell must have {option}=.*, got 0.5"):
         RTRL(net)
+
+
+@pytest.mark.parametrize("make", [RNN, RNNCell, nn.RNN, nn.RNNCell])
+@pytest.mark.parametrize("kind", [prune.identity, nn.utils.spectral_norm])
+def test_weights_of_a_forward_pre_hook_are_refused(make, kind):
+    """At once, or where the hook came later; when it has gone, and beside other hooks, all goes."""
+    cell = make(3, 4)
+    weight = "weight_hh" if isinstance(cell, nn.RNNCellBase) else "weight_hh_l0"
+    cell.register_forward_pre_hook(lambda module, args: None)
+    trainer = RTRL(cell)
+    trainer.step(torch.zeros(2, 3))
+    kind(cell, weight)
+    message = f"cell must have {weight} as a parameter, got one that a forward pre-hook computes"
+    for call in (lambda: RTRL(cell), lambda: trainer.step(torch.zeros(2, 3))):
+        with pytest.raises(ValueError, match=message):
+            call()
+    {prune.identity: prune.remove}.get(kind, nn.utils.remove_spectral_norm)(cell, weight)
+    for _ in range(2):
+        trainer.step(torch.zeros(2, 3)).sum().backward()
 
 
 def test_a_wrong_method():

@@ -532,6 +532,27 @@ def test_no_rows_and_float32(rows, k1, k2):
 # ---- state, hooks, cost
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_mean_of_narrow_losses_is_added_up_in_float32_and_rounded_once(dtype):
+    """Losses of 1 and, in the last update, 129. Float16 ends at 65504, and bfloat16 has no 257;
+    float32 has every number here but the quotient."""
+    for steps, k1 in ((70_001, 1000), (258, 257)):
+        input = torch.ones(steps, 1, dtype=dtype)
+        input[-1] = 129
+        loss, _ = tbptt(requiring_grad, input, None, last_of, k1=k1)
+        assert steps % k1 == 1
+        assert loss.dtype == dtype
+        assert loss.item() == torch.tensor((steps - 1 + 129) / steps, dtype=dtype).item()
+
+
+def requiring_grad(x, hx):
+    return x.clone().requires_grad_(), hx
+
+
+def last_of(output, target):
+    return output[-1, 0]
+
+
 def test_the_state_is_carried_over_from_call_to_call():
     whole, halves = network(nn.LSTM), network(nn.LSTM)
     x, y, hx = randn(16, 2, 3), randn(16, 2, 2, seed=1), None

@@ -39,6 +39,7 @@ def run_in_stretches(
 
     Arguments:
         stack: runs all layers, called with the arguments that follow it, up to keep.
+        batch_sizes: of a packed x, or a ``Ragged`` for the rows of a dense one.
         checkpoint: None, True for c = ceil(sqrt(T)), or c; checked.
     """
     directions, hidden = len(options), len(layers[0].weight_hh)
@@ -63,12 +64,13 @@ def run_in_stretches(
         output, h_n = stack(layers, options, draws, x, hx, batch_sizes, keep)
         return output if need_output else None, h_n
 
+    x = x[:steps] if x.dim() == 3 else x  # no row of a ``Ragged`` has more
     hx = x.new_zeros(len(layers), rows, hidden) if hx is None else hx
     outputs, states = [], []
     for way, h0 in enumerate(hx.chunk(directions)):
-        tensors, put_back = _take_tensors((layers[way::directions], options[way]))
+        tensors, put_back = take_tensors((layers[way::directions], options[way]))
         stretches = cut(x, batch_sizes, keep[way], length, options[way])
-        plan = _Plan(stack, put_back, draws, need_output, stretches)
+        plan = _Plan(put_back, draws, stretches, need_output, stack)
         output, h_n = (Checkpointed.apply if graph else run_stretches)(plan, x, h0, *tensors)
         outputs.append(output)
         states.append(h_n)
@@ -83,10 +85,10 @@ def stretch_length(checkpoint, steps):
 
 
 def _any_requires_grad(tree):
-    return any(tensor.requires_grad for tensor in _take_tensors(tree)[0])
+    return any(tensor.requires_grad for tensor in take_tensors(tree)[0])
 
 
-def _take_tensors(tree):
+def take_tensors(tree):
     """The tensors in nested lists and tuples, and what puts others in their places."""
     leaves, structure = pytree.tree_flatten(tree)
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -159,7 +161,7 @@ def cut(x, batch_sizes, keep, length, options):
     The kernel counts the steps of truncation from where its call starts. So a stretch is a part of
     what lies between two cuts or, length being rounded up, several of these pieces.
     """
-    steps = len(x) if batch_sizes is None else len(batch_sizes)
+    dense, steps = x.dim() == 3, len(x if batch_sizes is None else batch_sizes)
     piece = options.truncate or steps
     length = length if length <= piece else piece * math.ceil(length / piece)
     piece = max(piece, length)
@@ -168,7 +170,7 @@ def cut(x, batch_sizes, keep, length, options):
         for first in range(0, steps, piece)
         for begin in range(first, min(first + piece, steps), length)
     ]
-    offsets = range(steps + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
+    offsets = range(steps + 1) if dense else [0, *batch_sizes.cumsum(0).tolist()]
     stretches = []
     for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         first, last = (steps - end, steps - begin) if options.reverse else (begin, end)
@@ -191,22 +193,17 @@ def cut(x, batch_sizes, keep, length, options):
 class _Plan(NamedTuple):
     """One direction of a call: what runs, on which stretches, in their order."""
 
-    stack: Callable
     put_back: Callable
     draws: NamedTuple
-    need_output: bool
     stretches: list[_Stretch]
+    need_output: bool
+    stack: Callable
 
-    @property
-    def random(self):
-        """Whether the stack draws random numbers; masks of whole sequences are drawn before."""
-        return self.draws.dropout > 0 or self.draws.noise > 0
-
-    def run(self, stretch, x, arriving, network):
+    def run(self, stretch, x, arriving, network, draws):
         """The output of a stretch and the last states of its sequences."""
         layers, options = network
         return self.stack(
-            layers, [options], self.draws, x, arriving, stretch.batch_sizes, [stretch.keep]
+            layers, [options], draws, x, arriving, stretch.batch_sizes, [stretch.keep]
         )
 
 
@@ -218,13 +215,14 @@ def _replace(state, rows):
     return torch.cat([rows, state[:, batch:].to(rows.dtype)], 1)
 
 
-def run_stretches(plan, x, h0, *tensors, note=lambda number, state: None):
+def run_stretches(plan, x, h0, *tensors, draws=None, note=lambda number, state: None):
     """The output, if it is needed, and h_n; ``note`` gets the state before every stretch."""
     network, output, state = plan.put_back(tensors), None, h0
+    draws = plan.draws if draws is None else draws
     for number, stretch in enumerate(plan.stretches):
         note(number, state)
         arriving = state[:, : stretch.batch]
-        part, last = plan.run(stretch, x[stretch.rows], arriving, network)
+        part, last = plan.run(stretch, x[stretch.rows], arriving, network, draws)
         state = _replace(state, last)
         if plan.need_output:
             output = part.new_empty(*x.shape[:-1], part.shape[-1]) if output is None else output
@@ -242,8 +240,9 @@ class Checkpointed(Function):
         # would cut up the memory that malloc has for the next stretch: with three layers it took
         # hundreds of megabytes more.
         count, states, numbers = len(plan.stretches), None, None
-        if plan.random:
-            numbers = _generator(x.device).get_state().repeat(count, 1)
+        draws = _seeded(plan.draws, x.device)
+        if draws.generator is not None:
+            numbers = draws.generator.get_state().repeat(count, 1)
 
         def note(number, state):
             nonlocal states
@@ -251,10 +250,10 @@ class Checkpointed(Function):
                 states = state.new_empty(count - 1, *state.shape)
             if number > 0:
                 states[number - 1] = state
-            if plan.random:
-                numbers[number] = _generator(x.device).get_state()
+            if numbers is not None:
+                numbers[number] = draws.generator.get_state()
 
-        output, h_n = run_stretches(plan, x, h0, *tensors, note=note)
+        output, h_n = run_stretches(plan, x, h0, *tensors, draws=draws, note=note)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, *tensors, states)
         ctx.plan, ctx.numbers, ctx.autocast = plan, numbers, _autocast(x.device.type)
@@ -334,8 +333,9 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
         arriving = arriving.detach() if stretch.cut else arriving
         parts[first], last = _run_again(ctx, number, x_parts[first], arriving, network)
         state = _replace(state, last)
-    output = torch.cat([parts[first] for first in sorted(parts)])
-    ends = [(output, grad_output), (state, grad_h_n)]
+    ends = [(state, grad_h_n)]
+    if grad_output is not None:
+        ends.append((torch.cat([parts[first] for first in sorted(parts)]), grad_output))
     ends = [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
     chosen = [view for view, of in zip(views, wanted, strict=True) if of]
     if ends:
@@ -354,25 +354,26 @@ def _backward_with_graph(ctx, grad_output, grad_h_n, inputs, wanted):
 
 def _run_again(ctx, number, x, arriving, network):
     """A stretch in the state of autocast, and with the random numbers, of forward."""
-    plan, stretch = ctx.plan, ctx.plan.stretches[number]
-    with ctx.autocast():
-        if not plan.random:
-            return plan.run(stretch, x, arriving, network)
-        generator = _generator(x.device)
-        now = generator.get_state()
+    plan, draws = ctx.plan, ctx.plan.draws
+    if ctx.numbers is not None:
+        draws = draws._replace(generator=torch.Generator(x.device))
         # A clone, as PyTorch 2.13 ignores where in its storage a view begins.
-        generator.set_state(ctx.numbers[number].clone())
-        try:
-            return plan.run(stretch, x, arriving, network)
-        finally:
-            generator.set_state(now)
+        draws.generator.set_state(ctx.numbers[number].clone())
+    with ctx.autocast():
+        return plan.run(plan.stretches[number], x, arriving, network, draws)
 
 
-def _generator(device):
-    """What dropout on this device draws from."""
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.get_device_module(device).default_generators[device.index]
+def _seeded(draws, device):
+    """draws with a generator of their own, if a stretch draws at all; masks of whole sequences are
+    drawn before.
+
+    To set torch's own back in backward would change what other threads draw from it meanwhile, and
+    they what is drawn here.
+    """
+    if not (draws.dropout or draws.noise):
+        return draws
+    seed = torch.randint(2**63 - 1, (), device=device).item()
+    return draws._replace(generator=torch.Generator(device).manual_seed(seed))
 
 
 def _autocast(device):

@@ -14,7 +14,7 @@ from torch_bptt import checks
 from torch_bptt.autograd import transformed
 from torch_bptt.head import IGNORED, Criterion, activations, total_loss
 from torch_bptt.layout import Layout, pick
-from torch_bptt.rnn import RNN
+from torch_bptt.rnn import RNN, is_plain
 from torch_bptt.stretches import total_in_stretches
 
 
@@ -36,7 +36,8 @@ class ElmanNetwork(nn.Module):
             too; device and dtype are also those of the head.
     Attributes:
         rnn: the recurrent layers, a ``torch_bptt.RNN``.
-        head: V and c, a ``torch.nn.Linear`` of (K, D*H) and (K,).
+        head: V and c, a ``torch.nn.Linear`` of (K, D*H) and (K,); or what it was replaced by, any
+            module that makes o of states.
     Raises:
         ValueError, TypeError: an argument makes no sense.
     Example:
@@ -121,8 +122,10 @@ class ElmanNetwork(nn.Module):
         """The loss of the predictions, without ever holding all of them.
 
         Head and loss are evaluated a chunk of predictions at a time, forward and back. (All at once
-        under torch.func, in forward mode, in torch.compile, and for second derivatives.) With
-        K outputs, o and yhat as in the class, one prediction costs
+        under torch.func, in forward mode, in torch.compile, and for second derivatives.) That is
+        so for a head that is an nn.Linear, parametrized or not, without hooks; any other is run
+        as forward runs it, on all states, and then all of o is held. With K outputs, o and yhat
+        as in the class, one prediction costs
 
         ======================  =======================================================
         'mse'                   1/K sum_k (yhat_k - y_k)^2
@@ -135,8 +138,9 @@ class ElmanNetwork(nn.Module):
         ('softmax', 'sigmoid') as well as with 'identity', where the prediction is o itself.
 
         A prediction counts if its step exists (``lengths``, a PackedSequence), ``mask`` is true
-        there and its class is not -100 (torch.nn.functional.cross_entropy's ignore_index). The
-        target of one that does not count is not read: it may be anything, NaN too.
+        there and its class is not -100 (torch.nn.functional.cross_entropy's ignore_index). With
+        many_to_one that of a row of length 0 does, too. The target of one that does not count is
+        not read: it may be anything, NaN too.
 
         Arguments:
             input, hx, lengths, reset: those of ``torch_bptt.RNN.forward``.
@@ -149,31 +153,39 @@ class ElmanNetwork(nn.Module):
                 sum divided by their number, T B if all count; 'last', the mean over rows of the
                 last prediction of each that counts.
             mask: bool, true where a prediction counts; shaped, or packed, as int64 classes are.
-            chunk: predictions evaluated at a time; None chooses so that they take about 4 MB.
+            chunk: predictions evaluated at a time (of another head than nn.Linear: taken from o to
+                the loss); None chooses so that they take about 4 MB.
         Returns:
             loss: a scalar, in float32 where the network is narrower. NaN for the mean of nothing.
             h_n: the final state of each layer and direction.
         Raises:
-            ValueError, TypeError, RuntimeError: an argument does not fit; IndexError: a class does
-                not exist. Also what ``torch_bptt.RNN.forward`` raises.
+            ValueError, TypeError, RuntimeError: an argument does not fit, or head does not make one
+                prediction of each state; IndexError: a class does not exist. Also what
+                ``torch_bptt.RNN.forward`` raises.
         """
-        weight, bias = self.head.weight, self.head.bias
         criterion = Criterion(loss, self.output_activation, chunk)
         criterion.check()
         reductions = ("mean", "sum") if self.many_to_one else ("mean", "sum", "last")
         checks.check_choice("loss", "reduction", reduction, reductions)
         layout = self._layout(input)
+        weight = bias = rows = None  # rows: what total_loss starts from, states or, without V, o
+        if is_plain(self.head, nn.Linear):
+            weight, bias = self.head.weight, self.head.bias
+        else:
+            rows, h_n = self._outputs(layout, input, hx, lengths, reset)
         y = layout.data("target", target)
-        y = layout.flat("target", target, criterion.check_target(y, weight))
+        features = criterion.check_target(y, weight.mT if rows is None else rows)
+        y = layout.flat("target", target, features)
         counted = layout.counted(y, mask, lengths, last=reduction == "last")
-        if self._in_stretches(input, lengths):
+        if rows is None and self._in_stretches(input, lengths):
             total, h_n = total_in_stretches(
                 self.rnn, weight, bias, layout, input, hx, lengths, reset, y, counted, criterion
             )
         else:
-            states, h_n = self._states(input, hx, lengths, reset)
-            states = layout.flat_states(states)
-            total = total_loss(pick(states, counted), pick(y, counted), weight, bias, criterion)
+            if rows is None:
+                states, h_n = self._states(input, hx, lengths, reset)
+                rows = layout.flat_states(states)
+            total = total_loss(pick(rows, counted), pick(y, counted), weight, bias, criterion)
         if reduction == "sum":
             return total, h_n
         y = pick(y, counted)
@@ -181,7 +193,8 @@ class ElmanNetwork(nn.Module):
 
     def _layout(self, input):
         rnn = self.rnn
-        rows = checks.check_input(input, rnn.weight_ih_l0, rnn.input_size, rnn.batch_first)
+        like = next(rnn.parameters())  # to look at a weight may be to compute it
+        rows = checks.check_input(input, like, rnn.input_size, rnn.batch_first)
         if isinstance(input, PackedSequence):
             return Layout(len(input.batch_sizes), rows, self.many_to_one, packed=input)
         steps = input.shape[1 if rnn.batch_first and input.dim() == 3 else 0]
@@ -195,6 +208,20 @@ class ElmanNetwork(nn.Module):
             return output, h_n
         return torch.cat(h_n[-self._directions :].unbind(0), -1), h_n
 
+    def _outputs(self, layout, input, hx, lengths, reset):
+        """o of a head that may be any module, flat, and h_n: what forward computes."""
+        states, h_n = self._states(input, hx, lengths, reset)
+        states = states.data if isinstance(states, PackedSequence) else states
+        o = self.head(states)
+        got = tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__
+        if got[:-1] != states.shape[:-1] or len(got) != states.dim():
+            expected = ", ".join([*map(str, states.shape[:-1]), "K"])
+            raise ValueError(
+                "loss: head must return one prediction for each state, "
+                f"expected a tensor ({expected}), got {got}"
+            )
+        return layout.flat_states(o), h_n
+
     def _in_stretches(self, input, lengths):
         """Whether head and loss can join what ``checkpoint`` does to the layers."""
         rnn = self.rnn
@@ -205,8 +232,9 @@ class ElmanNetwork(nn.Module):
         # that ended before; of a packed input they are not in it. An empty input has none.
         cut_off = rnn.truncate is not None and lengths is not None
         nothing = (input.data if isinstance(input, PackedSequence) else input).numel() == 0
-        # One mask for all of a sequence, and observers of a whole call, are no matter of stretches.
-        whole = rnn._observer is not None or (rnn.training and rnn.recurrent_dropout > 0)
+        # One mask for all of a sequence, and whoever sees a whole call, are no matter of stretches.
+        whole = rnn._observer is not None or not is_plain(rnn, RNN)
+        whole |= rnn.training and rnn.recurrent_dropout > 0
         return not (rnn.bidirectional or cut_off or nothing or whole)
 
     @property

@@ -21,6 +21,7 @@ from torch_bptt._values import are_mapped, number
 from torch_bptt.autograd import Options, rnn_layer
 from torch_bptt.checkpoint import run_in_stretches
 from torch_bptt.padded import Padding
+from torch_bptt.ragged import Ragged
 
 
 class Layer(NamedTuple):
@@ -46,11 +47,16 @@ class Draws(NamedTuple):
     dropout: probability of a zero in the output of every layer but the last.
     recurrent_dropout: probability that a unit is zero in the recurrent products of a sequence.
     noise: standard deviation of what is added to the argument of f.
+    generator: what dropout and noise draw from; None means torch's own of the device.
     """
 
     dropout: float = 0.0
     recurrent_dropout: float = 0.0
     noise: float = 0.0
+    generator: torch.Generator | None = None
+
+
+NO_DRAWS = Draws()
 
 
 def rnn(
@@ -195,10 +201,14 @@ def run(
     def stack(x, hx, batch_sizes, reset, padding=None):
         network = _with_masks(layers, draws, x, batch_sizes)
         call = network, options, draws, x, hx, batch_sizes, _keep(reset, options)
+        over = _stack
+        if padding is not None:
+            over = functools.partial(_stack, padding=padding)
+        elif isinstance(batch_sizes, Ragged):
+            over = functools.partial(_stack_ragged, need_output=need_output)
         if checkpoint is None and need_output:
-            return _stack(*call, observer, padding)
-        run_stack = functools.partial(_stack, padding=padding)
-        return run_in_stretches(run_stack, *call, checkpoint, need_output)
+            return over(*call, observer)
+        return run_in_stretches(over, *call, checkpoint, need_output)
 
     if isinstance(input, PackedSequence):
         checks.check_no_lengths(lengths)
@@ -223,13 +233,15 @@ def _run_batch(stack, input, hx, lengths, reset, batch_first):
         lengths = checks.check_lengths(
             lengths, steps, input.shape[0 if batch_first else 1], input.device if noted else None
         )
-    x, padding = input.transpose(0, 1) if batch_first else input, None
-    if lengths is not None:
-        if not (noted or are_mapped(lengths)):
-            return _run_padded(stack, input, hx, lengths, reset, batch_first)
+    x = input.transpose(0, 1) if batch_first else input
+    if lengths is None:
+        output, h_n = stack(x, hx, None, reset)
+    elif noted or are_mapped(lengths):
         padding = Padding.of(lengths.to(input.device), steps)
         x, reset = padding.clear(x), None if reset is None else reset & padding.existing
-    output, h_n = stack(x, hx, None, reset, padding)
+        output, h_n = stack(x, hx, None, reset, padding)
+    else:
+        output, h_n = _run_ragged(stack, x, hx, lengths, reset)
     return output.transpose(0, 1) if batch_first and output is not None else output, h_n
 
 
@@ -249,36 +261,23 @@ def _run_packed(stack, input, hx, reset):
     return output, h_n
 
 
-def _run_padded(stack, input, hx, lengths, reset, batch_first):
-    """Pack the rows that have steps, run, and put output back among zeros and h_n back into hx."""
-    rows, device = len(lengths), input.device
-    lengths, order = lengths.sort(descending=True)
-    order, lengths = order[lengths > 0], lengths[lengths > 0]
-    steps = torch.arange(number(lengths[0]) if len(lengths) else 0, device="cpu")
-    existing = steps[:, None] < lengths
-    batch_sizes = existing.sum(1)
-    step, row = existing.nonzero(as_tuple=True)
-    row = order[row]
-    # Where a packed row lies in input with its first two dimensions flattened.
-    place = row * input.shape[1] + step if batch_first else step * rows + row
-    place, order, existing = place.to(device), order.to(device), existing.to(device)
-
-    data = input.flatten(0, 1).index_select(0, place)
+def _run_ragged(stack, x, hx, lengths, reset):
+    """Run the rows that have steps; past their ends output is zero, and h_n of the others is hx."""
+    steps, rows, device = *x.shape[:2], x.device
+    ragged = Ragged.of(lengths)
+    order = ragged.order.to(device)
     state = None if hx is None else hx.index_select(1, order)
     if reset is not None:
-        reset = reset[: len(existing)].index_select(1, order) & existing
+        reset = reset[: len(ragged)].index_select(1, order) & ragged.existing().to(device)
     if len(order):
-        output, h_n = stack(data, state, batch_sizes, reset)
-    else:  # A step of no rows has the right shapes and dtypes, and gives every gradient, zero.
-        output, h_n = stack(data.unsqueeze(0), state, None, None)
-        output = output if output is None else output.squeeze(0)
-
+        output, h_n = stack(x, state, ragged, reset)
+    else:  # A step of no rows has the right dtypes, and gives every gradient, zero.
+        output, h_n = stack(x[:1, :0], state, None, None)
     hx = h_n.new_zeros(h_n.shape[0], rows, h_n.shape[2]) if hx is None else hx.to(h_n.dtype)
     h_n = hx.index_copy(1, order, h_n)
-    if output is None:
-        return None, h_n
-    zeros = output.new_zeros(*input.shape[:2], output.shape[-1])
-    return zeros.flatten(0, 1).index_copy(0, place, output).view_as(zeros), h_n
+    if output is not None and output.shape[:2] != x.shape[:2]:
+        output = F.pad(output, (0, 0, 0, rows - output.shape[1], 0, steps - output.shape[0]))
+    return output, h_n
 
 
 def _with_masks(layers, draws, x, batch_sizes):
@@ -302,15 +301,14 @@ def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None, padd
             index = first + direction
             if padding is not None:
                 output, last = padding.run(
-                    layer, x, states[index], layers[index], keep[direction], own, draws.noise
+                    layer, x, states[index], layers[index], keep[direction], own, draws
                 )
                 outputs.append(output)
                 h_n.append(last)
                 continue
             probe = None if observer is None else observer.probe(x)
             output, last = layer(
-                x, states[index], layers[index], batch_sizes, keep[direction], own, draws.noise,
-                probe,
+                x, states[index], layers[index], batch_sizes, keep[direction], own, draws, probe
             )  # fmt: skip
             if observer is not None:
                 observer.record(index, output, probe, batch_sizes, own.reverse)
@@ -318,8 +316,17 @@ def _stack(layers, options, draws, x, hx, batch_sizes, keep, observer=None, padd
             h_n.append(last)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if draws.dropout and first + len(options) < len(layers):
-            x = F.dropout(x, draws.dropout)
+            x = _dropout(x, draws)
     return x, _join(h_n, packed)
+
+
+def _stack_ragged(
+    layers, options, draws, x, hx, ragged, keep, observer=None, need_output=True
+):  # fmt: skip
+    """``_stack`` over the rows of a dense x that have steps; output is zero where none is."""
+    data, batch_sizes, unpack = ragged.pack(x)
+    output, h_n = _stack(layers, options, draws, data, hx, batch_sizes, keep, observer)
+    return unpack(output) if need_output else None, h_n
 
 
 # One state of many is (1, B, H), or (B, H) where rows are packed. Where there is but one, every
@@ -340,7 +347,7 @@ def _join(states, packed):
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
+def layer(x, h0, network, batch_sizes, keep, options, draws=NO_DRAWS, probe=None):
     """One layer in one direction over time-major rows: what rnn_layer does not do."""
     weight_ih, weight_hh, bias_ih, bias_hh, alpha, restart, mask = network
     if torch._C._is_any_autocast_enabled():
@@ -356,7 +363,7 @@ def layer(x, h0, network, batch_sizes, keep, options, noise=0.0, probe=None):
         None if alpha is None else _alpha(alpha, x, len(weight_hh)),
         None if restart is None or keep is None else _state(restart, x, batch_sizes),
         None if mask is None else _state(mask, x, batch_sizes),
-        _noise(noise, x, len(weight_hh)) if noise else None,
+        _noise(draws, x, len(weight_hh)) if draws.noise else None,
         probe,
     )  # fmt: skip
 
@@ -373,9 +380,18 @@ def _traced_layer(x):
     return _onnx.rnn_layer if _onnx.exporting() else rnn_layer
 
 
-def _noise(deviation, x, hidden):
-    shape = (*x.shape[:-1], hidden)
-    return torch.normal(0.0, deviation, shape, dtype=x.dtype, device=x.device)
+def _noise(draws, x, hidden):
+    shape, where = (*x.shape[:-1], hidden), {"dtype": x.dtype, "device": x.device}
+    return torch.normal(0.0, draws.noise, shape, generator=draws.generator, **where)
+
+
+def _dropout(x, draws):
+    """As F.dropout, which takes no generator."""
+    if draws.generator is None:
+        return F.dropout(x, draws.dropout)
+    kept = 1 - draws.dropout
+    mask = torch.empty_like(x).bernoulli_(kept, generator=draws.generator)
+    return x * (mask / kept if kept else mask)
 
 
 def _alpha(alpha, x, hidden):

@@ -4,7 +4,7 @@
 
 A row is one prediction. Where there are many classes, o is by far the largest tensor of a network,
 so ``total_loss`` never holds all of it: a chunk of rows goes from h to L and back to dL/dh, dL/dV
-and dL/dc before the next one starts.
+and dL/dc before the next one starts. Of a head that is not linear o is given, and there is no V.
 """
 
 from typing import NamedTuple
@@ -72,45 +72,49 @@ class Criterion(NamedTuple):
     def rows_at_a_time(self, classes: int) -> int:
         return self.chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS // classes)
 
-    def check_target(self, target: Tensor, weight: Tensor) -> tuple:
+    def check_target(self, target: Tensor, like: Tensor) -> tuple:
         """Raise TypeError or ValueError for a target that no shape makes right.
 
-        Returns the shape of one row: () for classes, else (K,).
+        Arguments:
+            like: (..., K), of the dtype and device of the network.
+        Returns:
+            The shape of one row: () for classes, else (K,).
         """
-        if weight.is_complex():
-            raise TypeError(f"loss: the network must be real, got {weight.dtype}")
+        if like.is_complex():
+            raise TypeError(f"loss: the network must be real, got {like.dtype}")
         if target.requires_grad:
             raise ValueError("loss: target must not require a gradient, got one that does")
-        if target.device != weight.device:
+        if target.device != like.device:
             raise RuntimeError(
                 "loss: target must be on the device of the network, "
-                f"expected {weight.device}, got {target.device}"
+                f"expected {like.device}, got {target.device}"
             )
         if self.loss == "cross_entropy" and target.dtype == torch.int64:
             return ()
-        dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+        dtypes = dict.fromkeys((like.dtype, torch.promote_types(like.dtype, torch.float32)))
         if target.dtype not in dtypes:
             classes = ["torch.int64 for classes"] if self.loss == "cross_entropy" else []
             expected = " or ".join([*classes, *map(str, dtypes)])
             raise TypeError(f"loss {self.loss!r}: target must be {expected}, got {target.dtype}")
-        return (len(weight),)
+        return (like.shape[-1],)
 
 
 def total_loss(
-    states: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, criterion: Criterion
+    states: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, criterion: Criterion
 ) -> Tensor:
     """The sum of the losses of all rows.
 
     Arguments:
-        states: h, (N, H).
+        states: h, (N, H); o, (N, K), without a weight.
         target: y, (N, K), or (N,) int64 for the classes of 'cross_entropy'.
         weight, bias: V, (K, H), and c, (K,) or None.
     Returns:
         A scalar, in float32 where states are narrower.
     """
-    if len(states) <= criterion.rows_at_a_time(len(weight)) or transformed():
+    o = _linear(states[:0], weight, bias)
+    if len(states) <= criterion.rows_at_a_time(o.shape[-1]) or transformed():
         return _total(states, weight, bias, target, criterion)
-    dtype = F.linear(states[:0], weight, bias).dtype  # not that of states under autocast
+    dtype = o.dtype  # not that of states under autocast
     tensors = [None if tensor is None else tensor.to(dtype) for tensor in (states, weight, bias)]
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
@@ -119,8 +123,12 @@ def total_loss(
     return TotalLoss.apply(*tensors, target, criterion, wanted)
 
 
+def _linear(states, weight, bias):
+    return states if weight is None else F.linear(states, weight, bias)
+
+
 def _total(states, weight, bias, target, criterion):
-    return criterion.of_rows(F.linear(states, weight, bias), target).sum()
+    return criterion.of_rows(_linear(states, weight, bias), target).sum()
 
 
 def _wide(tensor):
@@ -142,11 +150,11 @@ class TotalLoss(Function):
         grad_weight = torch.zeros_like(_wide(weight)) if of_weight else None
         grad_bias = torch.zeros_like(_wide(bias)) if of_bias else None
         total = _wide(states.new_zeros(()))
-        chunk = criterion.rows_at_a_time(len(weight))
+        chunk = criterion.rows_at_a_time((states if weight is None else weight.mT).shape[-1])
         for first in range(0, len(states), chunk):
             rows = slice(first, first + chunk)
             h = states[rows]
-            o = F.linear(h, weight, bias)
+            o = _linear(h, weight, bias)
             if not any(wanted):
                 total += criterion.of_rows(o, target[rows]).sum()
                 continue
@@ -154,7 +162,9 @@ class TotalLoss(Function):
                 part = criterion.of_rows(o.requires_grad_(), target[rows]).sum()
             (eps,) = torch.autograd.grad(part, o)
             total += part.detach()
-            if of_states:
+            if of_states and weight is None:
+                grad_states[rows] = eps
+            elif of_states:
                 torch.mm(eps, weight, out=grad_states[rows])
             if of_weight and eps.dtype == grad_weight.dtype:
                 grad_weight.addmm_(eps.mT, h)

@@ -94,7 +94,7 @@ class Layout:
         return states.reshape(-1, states.shape[-1])
 
     def counted(self, target, mask, lengths, *, last: bool) -> Tensor | None:
-        """Which of the flat predictions to evaluate; None for all.
+        """Which of the flat predictions to evaluate, upward; None for all.
 
         Arguments:
             target: flat.
@@ -122,7 +122,7 @@ class Layout:
             return place
         row = self._row.to(place.device).index_select(0, place)
         latest = place.new_full((self.rows,), -1).scatter_reduce(0, row, place, "amax")
-        return latest[latest >= 0]
+        return latest[latest >= 0].sort().values
 
     @property
     def _existing(self):

@@ -40,12 +40,12 @@ class Padding(NamedTuple):
         """(T, B, F) with zeros where no step exists."""
         return torch.where(self.existing[..., None], rows, 0)
 
-    def run(self, layer, x, h0, network, keep, options, noise):
+    def run(self, layer, x, h0, network, keep, options, draws):
         """What ``functional.layer`` returns for one direction over clear rows x."""
         if options.reverse:
             x, keep = self._turn(x), None if keep is None else keep.gather(0, self.turned)
         keep = self.existing if keep is None else keep & self.existing
-        output, _ = layer(x, h0, network, None, keep, options._replace(reverse=False), noise)
+        output, _ = layer(x, h0, network, None, keep, options._replace(reverse=False), draws)
         h_n = self._last(output, h0)
         return self.clear(self._turn(output) if options.reverse else output), h_n
 

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.proxy import TraceError
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
 from torch_bptt.autograd import Options
-from torch_bptt.functional import Draws, Layer, layer, run
-
-_NO_DRAWS = Draws()
+from torch_bptt.functional import NO_DRAWS, Draws, Layer, layer, run
 
 
 class RNN(nn.RNNBase):
@@ -182,30 +183,43 @@ class RNN(nn.RNNBase):
             ValueError, RuntimeError: what torch.nn.RNN raises, and for lengths and reset TypeError
                 or ValueError.
         """
-        if isinstance(input, Proxy) or isinstance(hx, Proxy):
-            return _leaf(self, input, hx, lengths=lengths, reset=reset, need_output=need_output)
-        layers = self._layers()
+        if is_fx_symbolic_tracing():
+            given = {"lengths": lengths, "reset": reset}
+            if need_output is not True:
+                given["need_output"] = need_output
+            node = _leaf(self, input, hx, **given)
+            if node is not None:
+                return node
+        layers, options, draws, h0 = self._network()
         rows = checks.check_input(input, layers[0].weight_ih, self.input_size, self.batch_first, hx)
         if hx is not None:
             checks.check_stacked_hidden(input, hx, (len(layers), rows, self.hidden_size))
+        elif h0 is not None:
+            one = not isinstance(input, PackedSequence) and input.dim() == 2
+            hx = h0 if one else h0.unsqueeze(1).expand(-1, rows, -1)
+        return run(
+            input, hx, layers, options, self.batch_first, draws, lengths, reset,
+            self.checkpoint, need_output, self._observer,
+        )  # fmt: skip
+
+    def _network(self):
+        """layers, options and draws as ``functional.run`` takes them, and the learned h0 or None.
+
+        As they are now: parameters and parametrizations are looked up once, and not kept.
+        """
+        layers, h0 = self._layers(), None
         if self.learn_h0:
             h0 = self.h0
             layers = [own._replace(restart=h) for own, h in zip(layers, h0.unbind(), strict=True)]
-            if hx is None:
-                one = not isinstance(input, PackedSequence) and input.dim() == 2
-                hx = h0 if one else h0.unsqueeze(1).expand(-1, rows, -1)
         activation = self.mode.removeprefix("RNN_").lower()
         options = [
             Options(activation, reverse, self.truncate or 0, self.clip_grad_h)
             for reverse in ((False, True) if self.bidirectional else (False,))
         ]
-        draws = _NO_DRAWS
+        draws = NO_DRAWS
         if self.training and (self.dropout or self.recurrent_dropout or self.noise):
             draws = Draws(self.dropout, self.recurrent_dropout, self.noise)
-        return run(
-            input, hx, layers, options, self.batch_first, draws, lengths, reset,
-            self.checkpoint, need_output, self._observer,
-        )  # fmt: skip
+        return layers, options, draws, h0
 
     def _layers(self):
         missing = () if self.bias else (None, None)
@@ -220,7 +234,10 @@ class RNN(nn.RNNBase):
         return [own._replace(alpha=a) for own, a in zip(layers, alphas, strict=True)]
 
     def reset_parameters(self):
-        """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays."""
+        """Draw new weights and biases as torch.nn.RNN does; h0 becomes zero, alpha stays.
+
+        After to_empty() a tensor alpha has no values to stay: they are to be copied into it.
+        """
         others = {}
         for name, parameter in self.named_parameters():
             own = name.removeprefix("parametrizations.").split(".")[0]
@@ -345,8 +362,10 @@ class RNNCell(nn.RNNCellBase):
             ValueError: a wrong number of dimensions.
             RuntimeError: a wrong size, dtype or device; an unknown nonlinearity.
         """
-        if isinstance(input, Proxy) or isinstance(hx, Proxy):
-            return _leaf(self, input, hx)
+        if is_fx_symbolic_tracing():
+            node = _leaf(self, input, hx)
+            if node is not None:
+                return node
         weights = look_up(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         checks.check_cell(input, hx, *weights[:2], self.nonlinearity)
         batched = input.dim() == 2
@@ -389,6 +408,21 @@ def plain_class(module):
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
 
 
+def is_plain(module, cls):
+    """Whether to call module is to run the forward of cls and nothing else: no hooks around it.
+
+    Not in torch.compile, which runs hooks but does not show them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    changed = any(hooks) or _has_any_global_hook() or "forward" in vars(module)
+    return plain_class(module) is cls and not changed
+
+
 def _as(cls, module, expected):
     """A ``cls`` with everything that belongs to module, which must be exactly an ``expected``.
 
@@ -420,10 +454,31 @@ def _as(cls, module, expected):
 
 
 def _leaf(module, input, hx, **options):
-    """What torch.fx.symbolic_trace notes of a call: one node, as of the modules of torch.nn."""
-    tracer = (input if isinstance(input, Proxy) else hx).tracer
-    path = tracer.path_of_module(module)
-    return tracer.create_proxy("call_module", path, (input, hx), options)
+    """What torch.fx.symbolic_trace notes of a call: one node, as of the modules of torch.nn, with
+    the arguments that are not None. A call that no proxy came into is not noted, but made.
+    """
+    proxy = next(_proxies((input, hx, *options.values())), None)
+    if proxy is None:
+        return None
+    if getattr(proxy.tracer, "root", None) is module:
+        name = type(module).__name__
+        raise TraceError(
+            f"{name} is a leaf, expected a module that contains it as what is traced, got {name} "
+            "itself: trace nn.Sequential(module)"
+        )
+    args = (input,) if hx is None else (input, hx)
+    options = {name: option for name, option in options.items() if option is not None}
+    path = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy("call_module", path, args, options)
+
+
+def _proxies(value):
+    """All in value, a PackedSequence or a list of lengths among others."""
+    if isinstance(value, Proxy):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _proxies(part)
 
 
 def _for_script(module):

@@ -45,13 +45,15 @@ class RTRL:
         cell: an RNNCell, or an RNN of one layer and one direction, of torch_bptt or of torch.nn, in
             float32 or float64. alpha and h0 of torch_bptt.RNN are taken into account, and learned
             if they are parameters. Nothing else of the module plays a part, hooks and batch_first
-            included: its forward is not called.
+            included: its forward is not called. So weights that a forward pre-hook computes, as
+            pruning and the old spectral_norm and weight_norm have it, are refused.
         method: 'exact' or 'snap1'.
     Attributes:
         cell, method: as given.
     Raises:
         TypeError: cell is none of these, or of another dtype.
-        ValueError: cell has an option that does not go with RTRL; method is unknown.
+        ValueError: cell has an option, or weights of a forward pre-hook, that do not go with RTRL;
+            method is unknown.
     Example:
         >>> cell, readout = RNNCell(3, 8), nn.Linear(8, 1)
         >>> optimizer = torch.optim.SGD([*cell.parameters(), *readout.parameters()], lr=0.01)
@@ -114,8 +116,8 @@ class RTRL:
             enabled; the sensitivity is carried on in either case.
         Raises:
             TypeError: a wrong dtype.
-            ValueError: a wrong shape or device, other rows than at the step before, or an x that
-                requires a gradient.
+            ValueError: a wrong shape or device, other rows than at the step before, an x that
+                requires a gradient, or a cell that has got weights of a forward pre-hook.
         """
         theta = self._parameters()
         _check_step(x, reset, theta.weight_ih, self._hx, self._state)
@@ -143,10 +145,9 @@ class RTRL:
 
     def _parameters(self):
         """As they are now: assignments and parametrizations replace them between steps."""
-        cell, names = self.cell, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        if isinstance(cell, nn.RNNBase):
-            names = cell._all_weights[0]
-        weights = [*look_up(cell, names), None, None][:4]
+        cell = self.cell
+        _check_hooks(cell)
+        weights = [*look_up(cell, _names(cell)), None, None][:4]
         alpha = getattr(cell, "alpha", 1.0)
         if isinstance(alpha, Tensor):
             alpha = alpha.reshape(-1).expand(len(weights[1]))
@@ -296,6 +297,13 @@ _OPTIONS = {
 }
 
 
+def _names(cell):
+    """Of its weights, and of its biases where it has them."""
+    if isinstance(cell, nn.RNNBase):
+        return cell._all_weights[0]
+    return ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 def _nonlinearity(cell):
     if isinstance(cell, nn.RNNBase):
         return cell.mode.removeprefix("RNN_").lower()
@@ -315,9 +323,24 @@ def _check_cell(cell):
             _check_option(cell, name, value, "the sensitivity of one layer running upward is known")
         for name, (value, why) in _OPTIONS.items():
             _check_option(cell, name, value, why)
+    _check_hooks(cell)
     dtype = next(cell.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"RTRL: cell must be of torch.float32 or torch.float64, got {dtype}")
+
+
+def _check_hooks(cell):
+    """Where a forward pre-hook computes a weight, what is found is that of the last call."""
+    if not cell._forward_pre_hooks:
+        return
+    for name in (*_names(cell), "alpha", "h0"):
+        if isinstance(vars(cell).get(name), Tensor):
+            raise ValueError(
+                f"RTRL: cell must have {name} as a parameter, got one that a forward pre-hook "
+                "computes, which RTRL never calls: use torch.nn.utils.parametrizations instead of "
+                "the old spectral_norm and weight_norm, and prune.remove, or a parametrization "
+                "that multiplies by the mask, instead of pruning"
+            )
 
 
 def _check_option(cell, name, value, why):

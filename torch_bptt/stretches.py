@@ -5,16 +5,17 @@ up to the sum of its losses, and again in backward; neither the states of all st
 gradients are ever held, T / c + c of them for stretches of c steps.
 """
 
-import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checkpoint, checks
 from torch_bptt.autograd import Options
+from torch_bptt.functional import Draws, run
 from torch_bptt.head import Criterion, total_loss
 from torch_bptt.layout import Layout, pick
 
@@ -40,10 +41,11 @@ def total_in_stretches(
         input, hx, lengths, reset: those of ``RNN.forward``.
         target, counted: flat, see ``Layout``.
     """
+    layers, options, draws, h0 = rnn._network()
     shape = (rnn.num_layers, layout.rows, rnn.hidden_size)
     x, batch_sizes = layout.time_major(input), None
-    if hx is None and rnn.learn_h0:
-        hx = rnn.h0.unsqueeze(1).expand(shape)
+    if hx is None and h0 is not None:
+        hx = h0.unsqueeze(1).expand(shape)
     elif hx is None:
         hx = x.new_zeros(shape)
     else:
@@ -60,42 +62,37 @@ def total_in_stretches(
         lengths = checks.check_lengths(lengths, layout.steps, layout.rows)
 
     length = checkpoint.stretch_length(rnn.checkpoint, layout.steps)
-    options = Options(rnn.nonlinearity, truncate=rnn.truncate or 0)
-    stretches = checkpoint.cut(x, batch_sizes, reset, length, options)
-    plan = _Plan(rnn, lengths, target, counted, criterion, stretches)
-    tensors = [x, hx, *rnn.parameters(), weight, *([] if bias is None else [bias])]
+    stretches = checkpoint.cut(x, batch_sizes, reset, length, options[0])
+    tensors, put_back = checkpoint.take_tensors((layers, weight, bias))
+    plan = _Plan(put_back, draws, stretches, options, lengths, target, counted, criterion)
+    tensors = [x, hx, *tensors]
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    run = checkpoint.Checkpointed.apply if graph else checkpoint.run_stretches
-    sums, h_n = run(plan, *tensors)
+    sum_up = checkpoint.Checkpointed.apply if graph else checkpoint.run_stretches
+    sums, h_n = sum_up(plan, *tensors)
     if layout.packed is not None and inverse is not None:
         h_n = h_n.index_select(1, inverse)
     return sums.sum(), h_n.squeeze(1) if layout.one else h_n
 
 
-class _Plan:
+class _Plan(NamedTuple):
     """What ``Checkpointed`` runs: layers, head and losses of one stretch of steps.
 
     It expects an output with a row for each of x. The first row of a stretch holds the sum of its
     losses, the others are zero.
     """
 
-    need_output = True
+    put_back: Callable
+    draws: Draws
+    stretches: list
+    options: list[Options]
+    lengths: Tensor | None
+    target: Tensor
+    counted: Tensor | None
+    criterion: Criterion
+    need_output: bool = True
 
-    def __init__(self, rnn, lengths, target, counted, criterion, stretches):
-        self.rnn = copy.copy(rnn)  # the same parameters
-        self.rnn.checkpoint, self.rnn.batch_first = None, False
-        self.names = [name for name, _ in rnn.named_parameters()]
-        self.lengths, self.target, self.counted = lengths, target, counted
-        self.criterion, self.stretches = criterion, stretches
-        self.random = rnn.training and (rnn.dropout > 0 or rnn.noise > 0)
-
-    def put_back(self, tensors):
-        """(parameters of the layers by name, weight and bias of the head)."""
-        own, head = tensors[: len(self.names)], tensors[len(self.names) :]
-        return dict(zip(self.names, own, strict=True)), *head, *([] if len(head) == 2 else [None])
-
-    def run(self, stretch, x, arriving, network):
-        own, weight, bias = network
+    def run(self, stretch, x, arriving, network, draws):
+        layers, weight, bias = network
         rows, input, lengths = stretch.rows, x, self.lengths
         if stretch.batch_sizes is not None:
             input = PackedSequence(x, stretch.batch_sizes)
@@ -103,16 +100,15 @@ class _Plan:
             if lengths is not None:
                 lengths = (lengths - rows.start).clamp(0, len(x))
             rows = slice(rows.start * stretch.batch, rows.stop * stretch.batch)
-        output, last = functional_call(
-            self.rnn,
-            own,
-            (input, arriving),
-            {"lengths": lengths, "reset": stretch.keep},
-        )
+        output, last = run(
+            input, arriving, layers, self.options, False, draws, lengths, stretch.keep,
+            checkpoint=None, need_output=True,
+        )  # fmt: skip
         states = output.data if stretch.batch_sizes is not None else output.flatten(0, 1)
         counted = self.counted
         if counted is not None:
-            counted = counted[(counted >= rows.start) & (counted < rows.stop)] - rows.start
+            ends = torch.searchsorted(counted, counted.new_tensor([rows.start, rows.stop]))
+            counted = counted[slice(*ends.tolist())] - rows.start
         states, target = pick(states, counted), pick(self.target[rows], counted)
         total = total_loss(states, target, weight, bias, self.criterion)
         sums = F.pad(total.view(1), (0, rows.stop - rows.start - 1))

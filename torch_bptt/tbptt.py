@@ -77,7 +77,7 @@ def tbptt(
     Returns:
         loss: (), the mean over the updates, weighed by their steps: where loss_fn is a mean over
             steps, the mean over all T. Each is taken with the weights before its update. No
-            gradient.
+            gradient. Of the dtype of the losses; narrow ones are added up in float32.
         hx: the state after the last step, without gradient, for the next call; the backward pass
             of that call does not come back into this one.
     Raises:
@@ -147,9 +147,14 @@ def tbptt(
         losses.append(loss.detach())
         if progress is not None:
             progress(end, losses[-1], len(losses))
-    losses = torch.stack(losses)
-    new_steps = losses.new_tensor([end - last for last, _, _, end in windows])
-    return (losses * new_steps).sum() / steps, hx
+    return _mean(torch.stack(losses), [end - last for last, _, _, end in windows]), hx
+
+
+def _mean(losses, steps):
+    """Of the losses of all updates, each weighed by its steps: in float32 where they are narrower,
+    as in float16 a sum over 65505 steps is infinite."""
+    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    return ((wide * wide.new_tensor(steps)).sum() / sum(steps)).to(losses.dtype)
 
 
 def _windows(steps, k1, k2):
