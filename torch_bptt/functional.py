@@ -23,6 +23,8 @@ from torch_bptt.checkpoint import run_in_stretches
 from torch_bptt.padded import Padding
 from torch_bptt.ragged import Ragged
 
+__all__ = ["rnn"]
+
 
 class Layer(NamedTuple):
     """One layer in one direction: its weights, and what else is of its own.

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch_bptt import checks
 from torch_bptt.rnn import RNN, RNNCell
 
+__all__ = ["identity_", "orthogonal_"]
+
 
 @torch.no_grad()
 def orthogonal_(

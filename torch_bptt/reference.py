@@ -23,6 +23,10 @@ To add an activation, add a line to ``activations``.
 
 import torch
 
+__all__ = [
+    "STOPPING", "activations", "adjoint_scan", "rnn_backward", "rnn_forward", "tangent_scan",
+]  # fmt: skip
+
 # name -> (value f(z), slope f'(z) from the output y = f(z)). The slope of relu at NaN is 1, so that
 # NaN is not hidden by a zero.
 activations = {

@@ -15,6 +15,8 @@ from torch_bptt import checks
 from torch_bptt.reference import activations
 from torch_bptt.rnn import RNN, RNNCell, look_up, plain_class
 
+__all__ = ["RTRL"]
+
 
 class RTRL:
     """Real-time recurrent learning, exact or by its diagonal approximation SnAp-1.
