@@ -1,5 +1,6 @@
 """convert: models with torch.nn.RNN inside, before and after."""
 
+import pytest
 import torch
 from pairs import assert_same, randn
 from torch import nn
@@ -106,3 +107,20 @@ def test_training_flag_and_frozen_parameters_stay():
     convert(model)
     assert not model[0].training
     assert not model[0].bias_ih_l0.requires_grad
+
+
+def test_a_compiled_module_is_replaced_by_one_that_runs():
+    """``nn.Module.compile`` leaves a call in the module that runs the module it was made for."""
+    model = nn.Sequential(nn.RNN(3, 4))
+    model[0].compile(backend="eager")
+    convert(model)
+    lengths = torch.tensor([5, 2])
+    model[0](randn(5, 2, 3).float(), lengths=lengths)
+    theirs = model[0].to_torch()
+    assert theirs._compiled_call_impl is None
+
+
+def test_what_torch_compile_returned_is_refused():
+    model = nn.Sequential(torch.compile(nn.RNN(3, 4), backend="eager"))
+    with pytest.raises(ValueError, match="must be converted before it is compiled, got a RNN"):
+        convert(model)

@@ -14,7 +14,7 @@ from pairs import assert_same, randn
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from torch_bptt import RNN, RNNCell, diagnose
+from torch_bptt import RNN, ElmanNetwork, RNNCell, diagnose
 from torch_bptt.reference import activations
 
 ROOT = Path(__file__).parent.parent
@@ -776,3 +776,11 @@ def test_examples_in_docstrings_run(name):
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
     assert tried > 0
     assert failed == 0
+
+
+def test_a_network_with_one_prediction_is_watched():
+    network, x = ElmanNetwork(3, 8, 2, many_to_one=True), torch.randn(30, 4, 3)
+    plain = network.loss(x, torch.zeros(4, 2))[0]
+    report = diagnose.report(network, lambda: network.loss(x, torch.zeros(4, 2))[0])
+    assert "rnn" in str(report)
+    assert torch.equal(network.loss(x, torch.zeros(4, 2))[0], plain)

@@ -1081,3 +1081,27 @@ def test_wrong_arguments_of_loss(error, message, target, input, network, options
     network = ElmanNetwork(3, 6, 4, checkpoint=checkpoint, **network)
     with pytest.raises(error, match=message):
         network.loss(input, target, **options)
+
+
+@pytest.mark.parametrize("what", ["mask", "lengths", "classes"])
+def test_vmap_over_what_counts_is_refused(what):
+    network = ElmanNetwork(3, 4, 2)
+    x, y = torch.randn(6, 5, 2, 3), torch.randint(2, (6, 5, 2))
+    given = {"mask": torch.rand(6, 5, 2) < 0.5, "lengths": torch.randint(1, 6, (6, 2))}.get(what, y)
+    options = {"reduction": "last"} if what == "classes" else {}
+
+    def loss(x, y, given):
+        named = {} if what == "classes" else {what: given}
+        return network.loss(x, y, loss="cross_entropy", **named, **options)[0]
+
+    with pytest.raises(NotImplementedError, match="must not be mapped over by torch"):
+        torch.func.vmap(loss)(x, y, given)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "last"])
+def test_a_loss_with_lengths_is_one_graph(reduction):
+    network, x, y = ElmanNetwork(3, 5, 4), torch.randn(7, 4, 3), torch.randn(7, 4, 4)
+    options = {"lengths": torch.tensor([1, 7, 0, 4]), "reduction": reduction}
+    compiled = torch.compile(network.loss, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(x, y, **options)[0], network.loss(x, y, **options)[0]
+    torch.testing.assert_close(got, expected)

@@ -262,6 +262,14 @@ def test_options(options, kind, words):
         functional.rnn(randn(5, 2, 3), None, randn(4, 3), randn(4, 4), **options)
 
 
+def test_a_module_keeps_no_alpha_that_was_computed():
+    """Its graph would be gone after one backward; of the function it is an argument like others."""
+    alpha = torch.sigmoid(torch.zeros(4, requires_grad=True))
+    with pytest.raises(ValueError, match=r"RNN: alpha must be a tensor of its own, .* Sigmoid"):
+        RNN(3, 4, alpha=alpha)
+    RNN(3, 4, alpha=alpha.detach())
+
+
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match="positional argument"):
         RNN(3, 4, 1, "tanh", True, False, 0.0, False, None, None, 0.5)

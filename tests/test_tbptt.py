@@ -812,3 +812,26 @@ def test_the_guide_s_examples_run():
     names = {}
     for block in blocks:
         exec(compile(block, GUIDE.name, "exec"), names)
+
+
+def test_autocast_around_it_sees_every_update():
+    """Autocast keeps narrow copies of weights until it ends, which here is after all updates."""
+    torch.manual_seed(0)
+    model, head = nn.LSTM(3, 8), nn.Linear(8, 2)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    x, y = torch.randn(3, 4, 3).repeat(5, 1, 1), torch.randn(3, 4, 2).repeat(5, 1, 1)
+    losses = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tbptt(
+            lambda x, _: (head(model(x)[0]), None),
+            x,
+            y,
+            lambda output, target: (output.float() - target).square().mean(),
+            k1=3,
+            optimizer=optimizer,
+            progress=lambda steps, loss, updates: losses.append(loss.item()),
+        )
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.97 * losses[0]

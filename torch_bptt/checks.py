@@ -281,6 +281,15 @@ def check_alpha(operation, alpha, shapes):
         )
 
 
+def check_constant_alpha(operation, alpha):
+    """Of a module, which keeps it from call to call."""
+    if alpha.grad_fn is not None:
+        raise ValueError(
+            f"{operation}: alpha must be a tensor of its own, expected a parameter or a constant, "
+            f"got the result of {alpha.grad_fn.name()}; a parametrization computes it in every call"
+        )
+
+
 def check_alpha_values(operation, alpha):
     """They lie in (0, 1], as far as the tensor has values."""
     if alpha.is_meta:

@@ -23,6 +23,7 @@ def convert(model: nn.Module) -> nn.Module:
         it.
     Raises:
         TypeError: model is not a torch.nn.Module.
+        ValueError: what torch.compile returned for one of them is in model: it would run it still.
     Example:
         >>> model = convert(nn.Sequential(nn.RNN(3, 4)))
         >>> type(model[0]).__module__
@@ -40,6 +41,12 @@ def convert(model: nn.Module) -> nn.Module:
 
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is not None:
-                parent._modules[name] = replace(child)
+            if child is None:
+                continue
+            if type(parent).__name__ == "OptimizedModule" and plain_class(child) in replacements:
+                raise ValueError(
+                    "convert: model must be converted before it is compiled, got a "
+                    f"{type(child).__name__} in what torch.compile returned"
+                )
+            parent._modules[name] = replace(child)
     return replace(model)

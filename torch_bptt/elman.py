@@ -202,11 +202,11 @@ class ElmanNetwork(nn.Module):
 
     def _states(self, input, hx, lengths, reset):
         """What the head reads, and h_n."""
-        need_output = not self.many_to_one
+        need_output = not self.many_to_one or self.rnn._observer is not None
         output, h_n = self.rnn(input, hx, lengths=lengths, reset=reset, need_output=need_output)
-        if need_output:
-            return output, h_n
-        return torch.cat(h_n[-self._directions :].unbind(0), -1), h_n
+        if self.many_to_one:
+            output = torch.cat(h_n[-self._directions :].unbind(0), -1)
+        return output, h_n
 
     def _outputs(self, layout, input, hx, lengths, reset):
         """o of a head that may be any module, flat, and h_n: what forward computes."""

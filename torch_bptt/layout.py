@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torch_bptt import checks
+from torch_bptt._values import are_mapped
 from torch_bptt.head import IGNORED
 
 
@@ -108,12 +109,20 @@ class Layout:
                 raise TypeError(f"loss: mask must be torch.bool, got {flags.dtype}")
             conditions.append(self.flat("mask", mask))
         if lengths is not None and self.packed is None and not self.many_to_one:
-            lengths = checks.check_lengths(lengths, self.steps, self.rows)
-            conditions.append((torch.arange(self.steps, device="cpu")[:, None] < lengths).flatten())
+            device = target.device if checks.values_are_unknown(target) else None
+            lengths = checks.check_lengths(lengths, self.steps, self.rows, device)
+            steps = torch.arange(self.steps, device=lengths.device)
+            conditions.append((steps[:, None] < lengths).flatten())
         if last and target.dtype == torch.int64:  # else its loss, zero, may be computed
             conditions.append(target != IGNORED)
         if not conditions and not last:
             return None
+        if any(are_mapped(condition) for condition in conditions):
+            raise NotImplementedError(
+                "loss: mask, lengths and, for reduction='last', classes must not be mapped over by "
+                "torch.func.vmap, as the predictions that count are picked by their places; map "
+                "over input and target alone, or weigh the losses of forward's predictions"
+            )
         counts = torch.ones(len(target), dtype=torch.bool, device=target.device)
         for condition in conditions:
             counts &= condition.to(counts.device)

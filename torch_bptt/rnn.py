@@ -138,6 +138,7 @@ class RNN(nn.RNNBase):
         states = (len(self._all_weights), hidden_size)
         if isinstance(alpha, Tensor):
             checks.check_alpha("RNN", alpha, ((), (hidden_size,), states))
+            checks.check_constant_alpha("RNN", alpha)
             checks.check_alpha_values("RNN", alpha)
         if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
             self.register_buffer("alpha", alpha)
@@ -443,6 +444,7 @@ def _as(cls, module, expected):
         )
     state = {**vars(module), "_flat_weights": getattr(module, "_flat_weights", None)}
     state.pop("_flat_weight_refs", None)
+    state["_compiled_call_impl"] = None  # of module.compile(): it would run module itself
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         state[name] = copy.copy(state[name])
     if parametrize.is_parametrized(module):

@@ -6,7 +6,7 @@ on pieces of the sequence, never on single steps; there is no loop over time her
 
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def tbptt(
     module: Callable[..., tuple[Tensors, Tensors]],
     input: Tensors,
     target: Tensors,
-    loss_fn: Callable[[Tensors, Tensors], Tensor],
+    loss_fn: Callable[[Any, Any], Tensor],
     *,
     k1: int,
     k2: int | None = None,
@@ -144,6 +144,8 @@ def tbptt(
             before_update()
         if optimizer is not None:
             optimizer.step()
+        # Under torch.autocast around this call, narrow copies of weights as they were.
+        torch.clear_autocast_cache()
         losses.append(loss.detach())
         if progress is not None:
             progress(end, losses[-1], len(losses))
