@@ -60,12 +60,12 @@ SIZES = [
     (3, 9, 131, clusters_of(8, 8)),
     (4, 2, 260, clusters_of(16, 8)),
     (1, 1, 1, clusters_of(2, 8)),
-    (5, 3, 40, grid_of(2, 2, 8, 1)),
-    (5, 20, 64, grid_of(4, 4, 16, 1)),
-    (4, 20, 131, grid_of(2, 3, 8, 3)),
+    (5, 3, 40, grid_of(2, 2, 3, 1)),
+    (5, 20, 64, grid_of(4, 4, 20, 1)),
+    (4, 20, 131, grid_of(2, 3, 7, 3)),
     (3, 33, 70, grid_of(8, 2, 16, 2)),
-    (3, 33, 70, grid_of(2, 3, 8, 1) | {"batch": 16}),
-    (1, 1, 1, grid_of(2, 1, 8, 1)),
+    (3, 70, 70, grid_of(2, 1, 70, 1)),
+    (1, 1, 1, grid_of(2, 1, 1, 1)),
 ]
 
 
@@ -194,9 +194,10 @@ def test_weights_beyond_the_registers(loops, kind, H, tiles):
 
 
 def grid_layout(loops, size, **options):
-    figures = (ctypes.c_int64 * 3)()
+    figures = (ctypes.c_int64 * 5)()
     loops.grid_layout(ctypes.byref(Call(**options)), size, figures)
-    return dict(zip(("chunks", "shared_chunks", "groups"), figures, strict=True))
+    names = ("passes", "stages", "parts", "across", "shared_chunks")
+    return dict(zip(names, figures, strict=True))
 
 
 def cluster_layout(loops, H, size, cluster, rows):
