@@ -85,9 +85,11 @@ struct GridLayout : Tiles {
   TORCH_BPTT_INLINE constexpr int part_bytes() const { return chunks * kChunkBytes; }
   constexpr int64_t workspace_bytes() const { return flag_bytes + 2 * int64_t(state_bytes); }
 
-  // Whether a block can do it, with so much shared memory.
+  // Whether a block can do it, with so much shared memory. The threads of a part read a row of it
+  // together.
   constexpr bool fits(int64_t available_bytes) const {
-    return threads <= kMaxThreads && units <= kQuad * threads && shared_bytes <= available_bytes;
+    return threads <= kMaxThreads && units <= kQuad * threads && part_bytes() <= across * 32 * 16 &&
+           shared_bytes <= available_bytes;
   }
 };
 

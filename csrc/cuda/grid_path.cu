@@ -82,43 +82,43 @@ TORCH_BPTT_DEVICE void wait_copies_but(int pending) {
 }
 
 // The part of a block's slice that a warp multiplies. The warps of a part share its reading: a
-// thread has some columns of every `row_step`th row.
+// thread reads the same 16 bytes of every `row_step`th row.
 class Slice {
  public:
-  // For warp `across` of its part; it begins at `to`, and rows have `width` bytes.
+  // For warp `across` of its part, which begins at `to`; rows have `width` bytes.
   TORCH_BPTT_DEVICE Slice(const GridLayout& layout, unsigned char* to, int width, int own_bytes,
                           int across, int part)
-      : l(layout), to(to), begin(int(cluster_rank()) * l.slice_bytes + part * l.part_bytes()) {
-    const int left = width - begin;
-    bytes = left < 0 ? 0 : left < l.part_bytes() ? left : l.part_bytes();
+      : l(layout) {
+    const int begin = int(cluster_rank()) * l.slice_bytes + part * l.part_bytes(),
+              left = width - begin, bytes = left < l.part_bytes() ? left : l.part_bytes();
+    const bool exists = bytes > 0;
     first_block = begin / own_bytes;
-    blocks = bytes > 0 ? (begin + bytes + own_bytes - 1) / own_bytes - first_block : 0;
-    const int threads = l.across * kWarp, thread = across * kWarp + int(lane_index()),
-              pieces = (bytes + 15) / 16;
-    abreast = pieces < 1 ? 1 : pieces < threads ? pieces : threads;
-    row_step = threads / abreast;
-    first_row = thread / abreast < row_step ? thread / abreast : l.rows;
-    first_piece = thread % abreast;
+    blocks = exists ? (begin + bytes + own_bytes - 1) / own_bytes - first_block : 0;
+    const int pieces = exists ? (bytes + 15) / 16 : 1, threads = l.across * kWarp,
+              thread = across * kWarp + int(lane_index()), at = thread % pieces * 16;
+    row_step = threads / pieces;
+    first_row = exists && thread / pieces < row_step ? thread / pieces : l.rows;
+    valid = bytes - at < 16 ? bytes - at : 16;
+    column = begin + at;
+    column_to = to + at;
   }
 
   // Waits until all units of it have been written, and starts copies: a group for each stage.
   TORCH_BPTT_DEVICE void read(const Workspace& workspace, int s) const {
-    const unsigned char* const from = workspace.place(l, s) + begin;
+    const unsigned char* const from = workspace.place(l, s) + column;
     for (int block = int(lane_index()); block < blocks; block += kWarp)
       wait_for_flag(workspace.flags + first_block + block, uint32_t(s) + 1);
     warp_sync();
     for (int stage = 0; stage < l.rows; stage += l.stage_rows) {
       const int end = stage + l.stage_rows < l.rows ? stage + l.stage_rows : l.rows;
-      for (int at = first_piece * 16; at < bytes; at += abreast * 16) {
-        const int valid = bytes - at < 16 ? bytes - at : 16, row = stage + first_row;
-        unsigned char* row_to = to + (row * l.row_bytes + at);
-        const unsigned char* row_from = from + (row * l.state_row_bytes + at);
-        TORCH_BPTT_UNROLL_LITTLE
-        for (int r = row; r < end; r += row_step) {
-          copy_async<16>(row_to, row_from, valid);
-          row_to += row_step * l.row_bytes;
-          row_from += row_step * l.state_row_bytes;
-        }
+      const int first = stage + first_row;
+      unsigned char* row_to = column_to + first * l.row_bytes;
+      const unsigned char* row_from = from + first * l.state_row_bytes;
+      TORCH_BPTT_UNROLL_LITTLE
+      for (int row = first; row < end; row += row_step) {
+        copy_async<16>(row_to, row_from, valid);
+        row_to += row_step * l.row_bytes;
+        row_from += row_step * l.state_row_bytes;
       }
       commit_copies();
     }
@@ -126,11 +126,10 @@ class Slice {
 
  private:
   const GridLayout& l;
-  unsigned char* const to;
-  const int begin;          // of a row, where it lies,
-  int bytes;                // and how many of them exist
   int first_block, blocks;  // that write it
-  int abreast, first_piece, first_row, row_step;
+  int first_row, row_step;
+  int column, valid;  // of a row, and how many bytes there exist
+  unsigned char* column_to;
 };
 
 // ---- the product --------------------------------------------------------------------------------
@@ -222,17 +221,18 @@ TORCH_BPTT_DEVICE Elements<float, kQuad> sum_of(int count, Read read) {
 }
 
 // What a quad of a step needs besides its product: what there always is, and what options bring.
-// The registers do not suffice to keep these during the product.
+// The registers do not suffice to keep the latter during the product.
 template <class S>
 struct Prepared {
-  bool exists = false, goes_on = false;  // it is of this step, and of the next one
-  Origin origin{};                       // of what arrives at that
+  bool exists = false;
+  Origin origin{};  // of what arrives at the next step
   Terms<S, kQuad> terms;
 };
 template <class S>
-struct Optional {
+struct Extras {
   Constants<S, kQuad> constants;
   Elements<Compute<S>, kQuad> leaking{};
+  Elements<S, kQuad> arriving{};  // at the next step, where it is not this one's state
 };
 
 template <class S, class Product, int TILES, class KNOWN>
@@ -247,7 +247,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   // Whether there are registers to keep what a thread has prepared during the product.
   constexpr bool kKeeps = Product::kReadAhead;
   unsigned char* const memory = shared_memory();
-  Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory);
+  const auto box_of = [](int s) { return (s & 1) * int(sizeof(Mailbox)); };
+  const auto box = [&](int s) { return reinterpret_cast<Mailbox*>(memory + box_of(s)); };
   float* const sums = reinterpret_cast<float*>(memory + layout.sums);
   const int thread = int(thread_index()), lane = thread % kWarp, warp = thread / kWarp;
   const int block = int(block_index().x), rank = int(cluster_rank()), H = int(loop.H);
@@ -294,22 +295,21 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
 
   // The quad of a row that this thread finishes, of every `own_step`th row, and how many of its
   // elements there are; and the quads of the cluster's units that it sends.
-  const int own_quads = layout.own_units / kQuad, own_step = layout.threads / own_quads,
+  const int own_quads = layout.own_units / kQuad, own_step = layout.own_step(),
             own_unit = thread % own_quads * kQuad;
   const int j = block * layout.own_units + own_unit, left = H - j;
   const int count = left < 0 ? 0 : left < kQuad ? left : kQuad;
   const int own_row = count > 0 && thread / own_quads < own_step ? thread / own_quads : rows;
-  const int quads = layout.units / kQuad, send_step = layout.threads / quads,
+  const int quads = layout.units / kQuad, send_step = layout.send_step(),
             send_unit = thread % quads * kQuad,
             send_row = thread / quads < send_step ? thread / quads : rows;
-  // Sums of all blocks for the own units, [block][row][unit], and where the others have them.
+  // Letters of step s: sums of all blocks for the own units, [block][row][unit].
+  const auto letters = [&](int s) { return layout.letters + (s & 1) * layout.box_bytes; };
   const auto letter = [&](int from, int row, int unit) {
-    return memory + layout.letters +
-           ((from * rows + row) * layout.own_units + unit) * int(sizeof(float));
+    return ((from * rows + row) * layout.own_units + unit) * int(sizeof(float));
   };
-  const unsigned receiver = unsigned(send_unit / layout.own_units);
-  const Remote sent = in_block(receiver, letter(rank, 0, send_unit % layout.own_units)),
-               told = in_block(receiver, boxes);
+  const Remote receiver = in_block(unsigned(send_unit / layout.own_units), memory);
+  const int sent = letter(rank, 0, send_unit % layout.own_units);
 
   // This thread's quad of what enters step s, where all blocks find it.
   const auto write_entering = [&](int s, int row, const Elements<S, kQuad>& values) {
@@ -327,8 +327,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   for (int at = GridLayout::kPlace + thread * 16; at < layout.sums; at += layout.threads * 16)
     store_words<16>(memory + at, Words4{});
   if (thread == 0) {
-    init_mailbox(&boxes[0], 1);
-    init_mailbox(&boxes[1], 1);
+    init_mailbox(box(0), 1);
+    init_mailbox(box(1), 1);
     publish_mailboxes();
   }
   {
@@ -349,46 +349,44 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   for (int s = 0; s < many; ++s) {
     const int64_t i = steps.begin + s;
     const bool last = s + 1 == many;
-    if (thread == 0) arrive_expecting(&boxes[s & 1], rows * layout.units * int(sizeof(float)));
+    if (thread == 0) arrive_expecting(box(s), rows * layout.units * int(sizeof(float)));
 
     const auto prepare = [&](int row) {
       const int64_t b = first_row + row;
       const Step step(loop, i), next(loop, i + 1);
       Prepared<S> made;
       made.exists = step.has(b);
-      made.goes_on = !last && next.has(b);
-      if (made.goes_on) made.origin = next.origin(b);
+      if (!last && next.has(b)) made.origin = next.origin(b);
       if (made.exists)
         made.terms = step.terms(step.template inputs<kQuad>(b, j, count, step.sources(b, j)),
                                 Step::template of_units<kQuad>(loop, j, count));
       return made;
     };
-    const auto read_optional = [&](int row, const Prepared<S>& own) {
+    const auto read_extras = [&](int row, const Prepared<S>& own) {
       const int64_t b = first_row + row;
-      const Step step(loop, i);
-      Optional<S> read;
+      const Step step(loop, i), next(loop, i + 1);
+      Extras<S> read;
       read.constants = step.template constants<kQuad>(b, j, count);
       if (own.exists) read.leaking = step.template leaking<kQuad>(b, j, count);
+      if (own.origin != Origin::state)
+        read.arriving = next.template arriving<kQuad>(own.origin, b, j, count, {});
       return read;
     };
-    const auto finish = [&](int row, const Prepared<S>& own, const Optional<S>& optional) {
+    const auto finish = [&](int row, const Prepared<S>& own, const Extras<S>& extras) {
       const int64_t b = first_row + row;
       const Step step(loop, i), next(loop, i + 1);
       Finished<S, kQuad> finished;
       if (own.exists) {
         const auto product = sum_of<GridLayout::kMostBlocks>(layout.cluster, [&](int from) {
-          return load_words<16>(letter(from, row, own_unit) + (s & 1) * layout.box_bytes);
+          return load_words<16>(memory + letters(s) + letter(from, row, own_unit));
         });
-        finished = step.template finish<kQuad>(b, j, count, product, optional.leaking, own.terms,
-                                               optional.constants);
+        finished = step.template finish<kQuad>(b, j, count, product, extras.leaking, own.terms,
+                                               extras.constants);
       }
       if (last) return finished;
-      Elements<S, kQuad> state{};
-      if (own.goes_on) {
-        state = next.template arriving<kQuad>(own.origin, b, j, count, finished);
-        state = rounded<Product>(next.entering(state, optional.constants));
-      }
-      write_entering(s + 1, row, state);
+      Elements<S, kQuad> arriving = extras.arriving;
+      if (own.origin == Origin::state) arriving = finished.state;
+      write_entering(s + 1, row, rounded<Product>(next.entering(arriving, extras.constants)));
       return finished;
     };
     const auto write = [&](int row, const Finished<S, kQuad>& finished) {
@@ -401,12 +399,12 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     // While others publish what enters.
     Prepared<S> own;
     if (kKeeps && own_row < rows) own = prepare(own_row);
+    slice.read(workspace, s);
     if (s + kPrefetched < many) {
       const Step later(loop, i + kPrefetched);
       for (int row = own_row; row < rows; row += own_step)
         if (const int64_t b = first_row + row; later.has(b)) later.prefetch(b, later.sources(b, j));
     }
-    slice.read(workspace, s);
 
     for (int stage = 0, pending = layout.stages; stage < rows; stage += layout.stage_rows) {
       const int end = stage + layout.stage_rows < rows ? stage + layout.stage_rows : rows;
@@ -433,23 +431,22 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       });
       Words4 text;
       for_elements<kQuad>(kQuad, [&](int e) { text.word[e] = as_bits(sum[e]); });
-      send(sent + row * layout.own_units * int(sizeof(float)) + (s & 1) * layout.box_bytes, text,
-           told + (s & 1) * int(sizeof(Mailbox)));
+      send(receiver + (letters(s) + sent + letter(0, row, 0)), text, receiver + box_of(s));
     }
 
-    Optional<S> optional;
+    Extras<S> extras;
     if (!kKeeps && own_row < rows) own = prepare(own_row);
-    if (own_row < rows) optional = read_optional(own_row, own);
+    if (own_row < rows) extras = read_extras(own_row, own);
     Finished<S, kQuad> finished;
     int row = own_row;
     for (;; row += own_step) {
-      wait_for_mail(&boxes[s & 1], unsigned(s >> 1 & 1));
+      wait_for_mail(box(s), unsigned(s >> 1 & 1));
       if (row >= rows) break;
-      finished = finish(row, own, optional);
+      finished = finish(row, own, extras);
       if (row + own_step >= rows) break;
       if (own.exists) write(row, finished);
       own = prepare(row + own_step);
-      optional = read_optional(row + own_step, own);
+      extras = read_extras(row + own_step, own);
     }
     if (!last) publish_entering(s + 1);
     // Others wait for what enters: what is for later comes after it.

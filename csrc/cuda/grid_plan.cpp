@@ -13,9 +13,13 @@ namespace {
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
 constexpr double kHopNs = 950;  // until a block sees what another wrote, and has begun to read
-constexpr double kFixedCycles = 1700;
-constexpr double kPassCycles = 900;
-constexpr double kLatencyCycles = 33;  // until a product of tensor cores can be added to
+// Counted in the machine code of the forward pass of a dense loop, as the sum of its stalls: 400
+// from the flag to the last copy of 16 rows, 150 from there to the first product, 260 for sums of
+// two parts and letters, 250 that these travel, 520 until states are written, 150 to the flag. What
+// a thread prepares for the next step takes 700 more, less than the hop.
+constexpr double kFixedCycles = 1730;
+constexpr double kPassCycles = 1400;   // where a thread finishes another row: nothing hides it
+constexpr double kLatencyCycles = 33;  // until tensor cores can add to a sum again
 constexpr double kBeginNs = 8000;      // of the whole loop: the launch, the first meeting
 
 double estimated_step_ns(const Task& task, Arithmetic arithmetic, const GridLayout& layout) {
@@ -29,12 +33,11 @@ double estimated_step_ns(const Task& task, Arithmetic arithmetic, const GridLayo
       octets * warps * layout.chunks * GridLayout::kTileRows * GridLayout::kChunkBytes +
       passes * warps * layout.tiles * layout.shared_chunks * GridLayout::kWeightBytes +
       2.0 * layout.parts * layout.part_sums * 4;
-  const double product =
-      std::max({octets * layout.tiles * layout.chunks * on_one *
-                    (tensor ? kTensorCycles : kPlainCycles),
-                tensor ? passes * layout.chunks / 2 * kLatencyCycles : 0,
-                shared / kSharedBytesPerCycle}) /
-      kClock;
+  const double product = std::max({octets * layout.tiles * layout.chunks * on_one *
+                                       (tensor ? kTensorCycles : kPlainCycles),
+                                   tensor ? passes * layout.chunks / 2 * kLatencyCycles : 0,
+                                   shared / kSharedBytesPerCycle}) /
+                         kClock;
   const double states = double(layout.rows) * layout.slice_bytes / kCacheBytesPerNs,
                letters = double(layout.rows) * layout.own_units * 4 * (layout.cluster - 1) /
                          kExchangeBytesPerNs;
