@@ -27,6 +27,10 @@ struct GridLayout : Tiles {
   TORCH_BPTT_INLINE static constexpr int register_chunks(int tiles) {
     return kRegisterChunks / tiles / 2 * 2;
   }
+  // Rows that are multiplied together: as many as there are registers for their sums.
+  TORCH_BPTT_INLINE static constexpr int rows_together(bool tensor, int tiles) {
+    return (tensor && tiles < 3 ? 2 : 1) * kTileRows;
+  }
   static constexpr int kPlace = 128;  // where it begins; before, two mailboxes
 
   int cluster, clusters, rows;
@@ -79,7 +83,7 @@ struct GridLayout : Tiles {
   }
 
   TORCH_BPTT_INLINE constexpr int blocks() const { return clusters * cluster; }
-  // A thread has a quad of each so-manieth row, to finish and to send.
+  // A thread finishes a quad of every `own_step`th row, and sends one of every `send_step`th.
   TORCH_BPTT_INLINE constexpr int own_step() const { return threads / (own_units / kQuad); }
   TORCH_BPTT_INLINE constexpr int send_step() const { return threads / (units / kQuad); }
   TORCH_BPTT_INLINE constexpr int part_bytes() const { return chunks * kChunkBytes; }

@@ -242,8 +242,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
                 const __grid_constant__ Workspace workspace, int64_t first_row) {
   using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
-  // Rows that are multiplied together: as many as there are registers for their sums.
-  constexpr int kTogether = (Product::kReadAhead && TILES < 3 ? 2 : 1) * GridLayout::kTileRows;
+  constexpr int kTogether = GridLayout::rows_together(Product::kReadAhead, TILES);
   // Whether there are registers to keep what a thread has prepared during the product.
   constexpr bool kKeeps = Product::kReadAhead;
   unsigned char* const memory = shared_memory();

@@ -13,12 +13,13 @@ namespace {
 // Of one step, in nanoseconds. Estimates from published figures of an H100, to be replaced by
 // measurements on the device itself.
 constexpr double kHopNs = 950;  // until a block sees what another wrote, and has begun to read
-// Counted in the machine code of the forward pass of a dense loop, as the sum of its stalls: 400
-// from the flag to the last copy of 16 rows, 150 from there to the first product, 260 for sums of
-// two parts and letters, 250 that these travel, 520 until states are written, 150 to the flag. What
-// a thread prepares for the next step takes 700 more, less than the hop.
-constexpr double kFixedCycles = 1730;
-constexpr double kPassCycles = 1400;   // where a thread finishes another row: nothing hides it
+// Counted in the machine code of the forward pass of a dense loop, as the sum of its stalls: 350
+// from the flags to the last copy of 16 rows, 210 from their arrival to the first product, 260
+// until the sums of two parts are sent, 250 that they travel, 520 until states are written, 150 to
+// the flag. Results and what the next step needs take 650 more, and the hop as long.
+constexpr double kFixedCycles = 1740;
+// Where a thread finishes one more row nothing hides those, nor the 230 of the options.
+constexpr double kPassCycles = 1400;
 constexpr double kLatencyCycles = 33;  // until tensor cores can add to a sum again
 constexpr double kBeginNs = 8000;      // of the whole loop: the launch, the first meeting
 
@@ -26,9 +27,10 @@ double estimated_step_ns(const Task& task, Arithmetic arithmetic, const GridLayo
   const bool tensor = arithmetic == Arithmetic::tensor;
   const double warps = layout.threads / 32.0, on_one = std::ceil(warps / 4),
                octets = double(ceil_div(layout.rows, GridLayout::kTileRows)),
-               passes = tensor ? std::ceil(octets / 2) : octets;
-  // Warps read states, and, for the octets that go together, weights that are not in registers;
-  // sums are written and read.
+               passes =
+                   double(ceil_div(layout.rows, GridLayout::rows_together(tensor, layout.tiles)));
+  // Warps read states, and, for the rows that go together, weights that are not in registers; sums
+  // are written and read.
   const double shared =
       octets * warps * layout.chunks * GridLayout::kTileRows * GridLayout::kChunkBytes +
       passes * warps * layout.tiles * layout.shared_chunks * GridLayout::kWeightBytes +
@@ -41,12 +43,12 @@ double estimated_step_ns(const Task& task, Arithmetic arithmetic, const GridLayo
   const double states = double(layout.rows) * layout.slice_bytes / kCacheBytesPerNs,
                letters = double(layout.rows) * layout.own_units * 4 * (layout.cluster - 1) /
                          kExchangeBytesPerNs;
-  const double stages = double(ceil_div(layout.rows, layout.stage_rows)),
-               together = std::max(product, states) + std::min(product, states) / stages;
-  const double more = double(ceil_div(layout.rows, layout.own_step()) - 1);
+  // While a stage is multiplied the next ones come.
+  const double together = std::max(product, states) + std::min(product, states) / layout.stages;
+  const double more_rows = double(ceil_div(layout.rows, layout.own_step()) - 1);
   const double begin = kBeginNs + double(task.H) * double(task.H) * size_of(task.dtype) /
                                       layout.blocks() / kWeightBytesPerNs;
-  return kHopNs + (kFixedCycles + more * kPassCycles) / kClock + together + letters +
+  return kHopNs + (kFixedCycles + more_rows * kPassCycles) / kClock + together + letters +
          begin / double(task.T > 0 ? task.T : 1);
 }
 
