@@ -196,28 +196,21 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-// The sum of `count` quads, a power of two, in their order; they are read in few goes. FIRST have
-// been added.
-template <int MOST, int FIRST = 1, class Read>
+// Adds `count` quads, a power of two, in their order, which are read in few goes; FIRST have been
+// added.
+template <int MOST, int FIRST = 0, class Read>
 TORCH_BPTT_DEVICE void add_up(Elements<float, kQuad>& sum, int count, Read read) {
+  constexpr int kMany = FIRST > 0 ? FIRST : 1;
   if constexpr (FIRST < MOST) {
-    if (FIRST >= count) return;
-    Words4 more[FIRST];
+    if (FIRST > 0 && FIRST >= count) return;
+    Words4 more[kMany];
     TORCH_BPTT_UNROLL
-    for (int k = 0; k < FIRST; ++k) more[k] = read(FIRST + k);
+    for (int k = 0; k < kMany; ++k) more[k] = read(FIRST + k);
     TORCH_BPTT_UNROLL
-    for (int k = 0; k < FIRST; ++k)
+    for (int k = 0; k < kMany; ++k)
       for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(more[k].word[e]); });
-    add_up<MOST, 2 * FIRST>(sum, count, read);
+    add_up<MOST, FIRST + kMany>(sum, count, read);
   }
-}
-template <int MOST, class Read>
-TORCH_BPTT_DEVICE Elements<float, kQuad> sum_of(int count, Read read) {
-  const Words4 first = read(0);
-  Elements<float, kQuad> sum;
-  for_elements<kQuad>(kQuad, [&](int e) { sum[e] = as_float(first.word[e]); });
-  add_up<MOST>(sum, count, read);
-  return sum;
 }
 
 // What a quad of a step needs besides its product: what there always is, and what options bring.
@@ -240,6 +233,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
                 const __grid_constant__ GridLayout layout,
                 const __grid_constant__ Workspace workspace, int64_t first_row) {
+  using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
   constexpr int kTogether = GridLayout::rows_together(Product::kReadAhead, TILES);
@@ -322,7 +316,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     if (thread == layout.threads - kWarp) publish(workspace.flags + block, uint32_t(s) + 1);
   };
 
-  // Rows and columns that do not exist are multiplied along: zeros.
+  // Rows and columns that do not exist are multiplied along, and nobody writes them: zeros.
   for (int at = GridLayout::kPlace + thread * 16; at < layout.sums; at += layout.threads * 16)
     store_words<16>(memory + at, Words4{});
   if (thread == 0) {
@@ -376,7 +370,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
       const Step step(loop, i), next(loop, i + 1);
       Finished<S, kQuad> finished;
       if (own.exists) {
-        const auto product = sum_of<GridLayout::kMostBlocks>(layout.cluster, [&](int from) {
+        Elements<C, kQuad> product{};
+        add_up<GridLayout::kMostBlocks>(product, layout.cluster, [&](int from) {
           return load_words<16>(memory + letters(s) + letter(from, row, own_unit));
         });
         finished = step.template finish<kQuad>(b, j, count, product, extras.leaking, own.terms,
@@ -425,7 +420,8 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     sync_block();
 
     for (int row = send_row; row < rows; row += send_step) {
-      const auto sum = sum_of<GridLayout::kMostParts>(layout.parts, [&](int p) {
+      Elements<C, kQuad> sum{};
+      add_up<GridLayout::kMostParts>(sum, layout.parts, [&](int p) {
         return load_words<16>(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
       });
       Words4 text;
