@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
             memory + GridLayout::kPlace + r * layout.row_bytes + part * layout.part_bytes();
         float* const to = sums + part * layout.part_sums + r * layout.sum_stride +
                           across * TILES * GridLayout::kTileUnits;
-        if (r + GridLayout::kTileRows < end)
+        if (kTogether > GridLayout::kTileRows && r + GridLayout::kTileRows < end)
           multiply<Product, kTogether / GridLayout::kTileRows>(
               weight, more_weight, chunks, from, layout.row_bytes, to, layout.sum_stride);
         else
@@ -435,6 +435,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     Finished<S, kQuad> finished;
     int row = own_row;
     for (;; row += own_step) {
+      // Who finishes nothing waits as well: the block may not end before.
       wait_for_mail(box(s), unsigned(s >> 1 & 1));
       if (row >= rows) break;
       finished = finish(row, own, extras);
