@@ -23,8 +23,7 @@ needs_compiler = pytest.mark.skipif(
 
 INTEGERS = [
     "pass_", "activation", "tensor", "reverse", "truncate", "gate_given",
-    "T", "B", "H", "grid", "cluster", "clusters", "rows", "tiles", "batch",
-    "begin", "end", "seed",
+    "T", "B", "H", "grid", "cluster", "clusters", "rows", "tiles", "begin", "end", "seed",
 ]  # fmt: skip
 POINTERS = [
     "weight", "mask", "c", "noise", "bias", "g", "gate", "first", "restart", "g_n", "alpha", "keep",

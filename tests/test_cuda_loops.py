@@ -52,7 +52,7 @@ def grid_of(cluster, clusters, rows, tiles):
 # ---- small integers are exact -------------------------------------------------------------------
 
 # H with and without a remainder in tiles of 16 units and in blocks; B with one in tiles of rows and
-# in groups of them.
+# in the rows of a launch.
 SIZES = [
     (5, 3, 40, clusters_of(2, 8)),
     (5, 20, 64, clusters_of(4, 16)),
@@ -60,13 +60,21 @@ SIZES = [
     (3, 9, 131, clusters_of(8, 8)),
     (4, 2, 260, clusters_of(16, 8)),
     (1, 1, 1, clusters_of(2, 8)),
-    (5, 3, 40, grid_of(2, 2, 8, 1)),
-    (5, 20, 64, grid_of(4, 4, 16, 1)),
-    (4, 20, 131, grid_of(2, 3, 8, 3)),
+    (5, 3, 40, grid_of(2, 2, 3, 1)),
+    (5, 20, 64, grid_of(4, 4, 20, 1)),
+    (4, 20, 131, grid_of(2, 3, 7, 3)),
     (3, 33, 70, grid_of(8, 2, 16, 2)),
-    (3, 33, 70, grid_of(2, 3, 8, 1) | {"batch": 16}),
-    (1, 1, 1, grid_of(2, 1, 8, 1)),
+    (3, 70, 70, grid_of(2, 1, 70, 1)),
+    (1, 1, 1, grid_of(2, 1, 1, 1)),
 ]
+
+
+def test_these_sizes_cut_a_grid_in_every_way(loops):
+    layouts = [
+        grid_layout(loops, 2, T=T, B=B, H=H, **tiles) for T, B, H, tiles in SIZES if "grid" in tiles
+    ]
+    for cut in ("passes", "stages", "parts", "across"):
+        assert {layout[cut] > 1 for layout in layouts} == {False, True}, cut
 
 
 def name_of(tiles):
@@ -144,7 +152,7 @@ def test_tangent_of_integers_is_exact(loops, kind, T, B, H, tiles):
 
 
 @pytest.mark.parametrize("H", [40, 41])
-@pytest.mark.parametrize("tiles", [clusters_of(2, 8), grid_of(2, 2, 8, 1)], ids=name_of)
+@pytest.mark.parametrize("tiles", [clusters_of(2, 8), grid_of(2, 2, 5, 1)], ids=name_of)
 def test_weights_that_lie_between_words(loops, tiles, H):
     """As those of a view do that begins at an odd element."""
     random = np.random.default_rng(4)
@@ -167,9 +175,9 @@ def test_weights_that_lie_between_words(loops, tiles, H):
         ("bfloat16", 640, clusters_of(8, 8)),
         ("float32", 320, clusters_of(4, 8)),
         ("tf32", 320, clusters_of(4, 8)),
-        ("bfloat16", 1280, grid_of(4, 9, 16, 2)),
-        ("float32", 640, grid_of(2, 5, 16, 1)),
-        ("tf32", 640, grid_of(4, 4, 16, 2)),
+        ("bfloat16", 1280, grid_of(4, 9, 11, 2)),
+        ("float32", 640, grid_of(2, 5, 11, 1)),
+        ("tf32", 640, grid_of(4, 4, 11, 2)),
     ],
     ids=name_of,
 )
@@ -194,9 +202,10 @@ def test_weights_beyond_the_registers(loops, kind, H, tiles):
 
 
 def grid_layout(loops, size, **options):
-    figures = (ctypes.c_int64 * 3)()
+    figures = (ctypes.c_int64 * 5)()
     loops.grid_layout(ctypes.byref(Call(**options)), size, figures)
-    return dict(zip(("chunks", "shared_chunks", "groups"), figures, strict=True))
+    names = ("passes", "stages", "parts", "across", "shared_chunks")
+    return dict(zip(names, figures, strict=True))
 
 
 def cluster_layout(loops, H, size, cluster, rows):
@@ -245,7 +254,7 @@ def test_what_has_no_plan(loops):
 # With alpha of 1/4, 1/2 and 1 four steps need eight bits behind the point: exact in float32.
 
 T, B, H = 4, 11, 50
-PATHS = {"cluster": clusters_of(2, 8), "grid": grid_of(2, 3, 8, 1)}
+PATHS = {"cluster": clusters_of(2, 8), "grid": grid_of(2, 3, 8, 1)}  # grid: 8 rows, then 3
 
 
 @pytest.fixture(params=PATHS.values(), ids=PATHS)
@@ -400,8 +409,8 @@ def exchange(loops, seed, tiles, *, T=12, B=8, H=64):
         *((clusters_of(cluster, 8), 8, seeds) for cluster, seeds in
           ((2, 6), (3, 6), (4, 6), (8, 4), (16, 2))),
         (grid_of(2, 4, 8, 1), 8, 4),
-        (grid_of(4, 4, 8, 1), 20, 3),
-        (grid_of(2, 2, 16, 1), 40, 4),
+        (grid_of(4, 4, 20, 1), 20, 3),
+        (grid_of(2, 2, 40, 1), 40, 4),
     ],
     ids=name_of,
 )  # fmt: skip
@@ -421,11 +430,19 @@ BROKEN = {
     },
     "grid": {
         "one place for states": ("states + (s & 1) *", "states + 0 * (s & 1) *"),
-        "one place for letters": ("((s & 1) * layout.groups", "(0 * (s & 1) * layout.groups"),
-        "no wait for the states": ("flags + block, uint32_t(s) + 1)", "flags + block, 0)"),
+        "one place for letters": ("letters + (s & 1) *", "letters + 0 * (s & 1) *"),
+        "no wait for the states": ("first_block + block, uint32_t(s) + 1)", "first_block, 0)"),
         "no wait for the letters": ("wait_for_mail(box(", "if (s < 0) wait_for_mail(box("),
-        "no barrier before the flag": ("    sync_part(1 + group, layout.threads);\n", ""),
-        "no barrier before the sums are read": (f"{BARRIER}\n      if (send_row", "if (send_row"),
+        "waits for too few copies": ("(--pending)", "(pending--)"),
+        "no barrier before rows are read": ("sync_part(1 + part, layout.across * kWarp);\n", ""),
+        "no barrier before the sums are read": (
+            f"{BARRIER}\n    for (int row = send",
+            "for (int row = send",
+        ),
+        "no barrier before the flag": (
+            f"{BARRIER}    if (thread == layout",
+            "if (thread == layout",
+        ),
         "no meeting before the first letter": ("  sync_cluster();\n", f"  {BARRIER}"),
     },
 }
@@ -439,7 +456,7 @@ def test_a_broken_exchange_shows(tmp_path, parts, path, flaw):
     if path == "cluster":
         options = {"tiles": clusters_of(4, 8)}
     else:  # a block's slice is half of H, so that not all blocks wait for all
-        options = {"tiles": grid_of(2, 2, 16, 1), "B": 24, "H": 128}
+        options = {"tiles": grid_of(2, 2, 24, 1), "B": 24, "H": 128}
 
     def right(seed):
         try:

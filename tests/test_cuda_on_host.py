@@ -82,12 +82,6 @@ def test_parts_of_a_block_meet_by_themselves(program, seed):
     assert numbers(output(program, "parts", seed))["out"] == expected
 
 
-@pytest.mark.parametrize("seed", [0, *SEEDS])
-def test_a_warp_waits_for_one_that_goes_on(program, seed):
-    expected = [100 * step + (i + 1) % 32 for step in range(3) for i in range(32)]
-    assert numbers(output(program, "one_warp_waits", seed))["out"] == expected
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shuffles(program, seed):
     sums = [sum(range(1 + first, 33 + first)) for first in (0, 32) for _ in range(32)]

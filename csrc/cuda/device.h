@@ -186,10 +186,6 @@ TORCH_BPTT_DEVICE void warp_sync() { __syncwarp(); }
 TORCH_BPTT_DEVICE void sync_part(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Comes to such a barrier too, and goes on at once: who waits there sees what was written before.
-TORCH_BPTT_DEVICE void arrive_at_part(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // See Launch::overlap. Without it, both do nothing.
 TORCH_BPTT_DEVICE void wait_for_kernel_before() {

@@ -5,22 +5,22 @@
 // A block multiplies its slice of the entering states with its columns of its cluster's rows of the
 // weight, and sends each block of its cluster the sums for the units that this one finishes
 // (grid_layout.h). Those are added up in the order of the blocks, finished, and their states
-// written for all blocks to read, with a number that says so. The batch goes in groups of rows:
-// while one group is multiplied the states of the next one come, and while one group's sums travel
-// the next one's are computed.
+// written for all blocks to read, with a number that says so. While the number travels, each thread
+// writes its results and prepares what it will finish next; while rows of states come, those before
+// them are multiplied.
 //
 // The exchange. What enters step s (counted from the launch's first) lies in place s % 2 of global
 // memory; a block's flag is at least s + 1 when its part lies there. Sums of step s go to letters
-// s % 2 of the block that finishes them, and box s % 2 tells when all have come. All of it is for
-// each group of rows separately. Why two of each suffice:
+// s % 2 of the block that finishes them, and box s % 2 tells when all have come. Why two of each
+// suffice:
 //
 //   (1) A block finishes step s when it has the sums of all blocks of its cluster. Each of those
-//       sends them after it has read its slice of what entered s; and the slices of a cluster make
-//       up the whole. So when a block has finished step s, all blocks have written what enters s,
-//       hence have finished s - 1; by the same argument, applied to each of them, every block of
-//       the grid has read what entered s - 1.
-//   (2) What enters s + 1 is written to place (s + 1) % 2 = (s - 1) % 2 by blocks that have
-//       finished step s: by (1) nobody reads that place any more.
+//       sends them after all of its warps have read their part of what entered s; and the slices of
+//       a cluster make up the whole. So when a block has finished step s, all blocks have written
+//       what enters s, hence have finished s - 1; by the same argument, applied to each of them,
+//       every block of the grid has read what entered s - 1.
+//   (2) What enters s + 1 is written to place (s + 1) % 2 = (s - 1) % 2 by threads that have the
+//       sums of step s: by (1) nobody reads that place any more.
 //   (3) Letters for s + 1 are sent after their sender has read its slice of what entered s + 1.
 //       Some block wrote that after it had finished s, hence by (1) after all blocks had finished
 //       s - 1, the receiver among them: it no longer reads letters (s - 1) % 2.
@@ -30,6 +30,10 @@
 //       has ended, by (3).
 //   (5) Nothing is sent for a step that is not run, and a block ends after it has received the
 //       letters of the last one: no letter finds its receiver gone.
+//
+// Inside a block, barriers part a step: when rows of the slice are there, for the warps that share
+// it; when all sums are; and when all states are written. After the second one the slice may be
+// overwritten, after the third one the sums.
 //
 // For this all blocks have to run at the same time, which the launch demands, and every block has
 // something to send and to write for every row, whether or not the row exists at that step.
@@ -44,8 +48,8 @@ namespace torch_bptt::cuda {
 
 namespace {
 
-// Global memory of a launch: flags, which are zeros at its start, [group][block]; and what enters
-// two steps, [row][columns].
+// Global memory of a launch: a flag for each block, zeros at its start; and what enters two steps,
+// [row][columns].
 class Workspace {
  public:
   Workspace(const GridLayout& layout, void* memory)
@@ -53,13 +57,9 @@ class Workspace {
         states(static_cast<unsigned char*>(memory) + layout.flag_bytes) {}
 
 #if TORCH_BPTT_HAS_CLUSTERS
-  TORCH_BPTT_DEVICE uint32_t* flags_of(const GridLayout& layout, int group) const {
-    return flags + group * layout.blocks();
-  }
-  // Row `row` of what enters step s.
-  TORCH_BPTT_DEVICE unsigned char* states_of(const GridLayout& layout, int64_t s,
-                                             int64_t row) const {
-    return states + (s & 1) * layout.state_bytes + row * layout.state_row_bytes;
+  // What enters step s.
+  TORCH_BPTT_DEVICE unsigned char* place(const GridLayout& layout, int s) const {
+    return states + (s & 1) * layout.state_bytes;
   }
 #endif
 
@@ -73,48 +73,63 @@ class Workspace {
 
 // ---- the exchange -------------------------------------------------------------------------------
 
-// The slice of a row group that this warp multiplies, into shared memory: waits until all units of
-// it have been written, and starts copies. Warps of the same part share the rows.
+// Waits for all groups of copies but the last `pending`, of which there are no more than MOST.
+template <int MOST>
+TORCH_BPTT_DEVICE void wait_copies_but(int pending) {
+  if constexpr (MOST > 0)
+    if (pending < MOST) return wait_copies_but<MOST - 1>(pending);
+  wait_copies<MOST>();
+}
+
+// The part of a block's slice that a warp multiplies. The warps of a part share its reading: a
+// thread reads the same 16 bytes of every `row_step`th row.
 class Slice {
  public:
-  TORCH_BPTT_DEVICE Slice(const GridLayout& layout, const Workspace& workspace, int H, int size,
+  // For warp `across` of its part, which begins at `to`; rows have `width` bytes.
+  TORCH_BPTT_DEVICE Slice(const GridLayout& layout, unsigned char* to, int width, int own_bytes,
                           int across, int part)
-      : l(layout),
-        w(workspace),
-        row_bytes(H * size),
-        to(part * layout.chunks * GridLayout::kChunkBytes),
-        first_row(across) {
-    const int bytes = layout.chunks * GridLayout::kChunkBytes, own_bytes = layout.own_units * size,
-              end = begin() + bytes < row_bytes ? begin() + bytes : row_bytes;
-    first_block = begin() / own_bytes;
-    blocks = begin() < end ? (end + own_bytes - 1) / own_bytes - first_block : 0;
+      : l(layout) {
+    const int begin = int(cluster_rank()) * l.slice_bytes + part * l.part_bytes(),
+              left = width - begin, bytes = left < l.part_bytes() ? left : l.part_bytes();
+    const bool exists = bytes > 0;
+    first_block = begin / own_bytes;
+    blocks = exists ? (begin + bytes + own_bytes - 1) / own_bytes - first_block : 0;
+    const int pieces = exists ? (bytes + 15) / 16 : 1, threads = l.across * kWarp,
+              thread = across * kWarp + int(lane_index()), at = thread % pieces * 16;
+    row_step = threads / pieces;
+    first_row = exists && thread / pieces < row_step ? thread / pieces : l.rows;
+    valid = bytes - at < 16 ? bytes - at : 16;
+    column = begin + at;
+    column_to = to + at;
   }
 
-  TORCH_BPTT_DEVICE void read(unsigned char* place, int group, int64_t s) const {
-    const int lane = int(lane_index());
-    const uint32_t* const flags = w.flags_of(l, group) + first_block;
-    for (int block = lane; block < blocks; block += kWarp)
-      wait_for_flag(flags + block, uint32_t(s) + 1);
+  // Waits until all units of it have been written, and starts copies: a group for each stage.
+  TORCH_BPTT_DEVICE void read(const Workspace& workspace, int s) const {
+    const unsigned char* const from = workspace.place(l, s) + column;
+    for (int block = int(lane_index()); block < blocks; block += kWarp)
+      wait_for_flag(workspace.flags + first_block + block, uint32_t(s) + 1);
     warp_sync();
-    const unsigned char* const from = w.states_of(l, s, int64_t(group) * l.rows) + begin();
-    const int rows = l.rows_of(group), bytes = l.chunks * GridLayout::kChunkBytes;
-    for (int row = first_row; row < rows; row += l.across) {
-      for (int at = lane * 16; at < bytes; at += kWarp * 16) {
-        const int left = row_bytes - begin() - at, valid = left < 0 ? 0 : left < 16 ? left : 16;
-        copy_async<16>(place + row * l.row_bytes + to + at, from + row * l.state_row_bytes + at,
-                       valid);
+    for (int stage = 0; stage < l.rows; stage += l.stage_rows) {
+      const int end = stage + l.stage_rows < l.rows ? stage + l.stage_rows : l.rows;
+      const int first = stage + first_row;
+      unsigned char* row_to = column_to + first * l.row_bytes;
+      const unsigned char* row_from = from + first * l.state_row_bytes;
+      TORCH_BPTT_UNROLL_LITTLE
+      for (int row = first; row < end; row += row_step) {
+        copy_async<16>(row_to, row_from, valid);
+        row_to += row_step * l.row_bytes;
+        row_from += row_step * l.state_row_bytes;
       }
+      commit_copies();
     }
   }
 
  private:
-  // Of a row, where this warp's part begins.
-  TORCH_BPTT_DEVICE int begin() const { return int(cluster_rank()) * l.slice_bytes + to; }
-
   const GridLayout& l;
-  const Workspace& w;
-  const int row_bytes, to, first_row;
   int first_block, blocks;  // that write it
+  int first_row, row_step;
+  int column, valid;  // of a row, and how many bytes there exist
+  unsigned char* column_to;
 };
 
 // ---- the product --------------------------------------------------------------------------------
@@ -181,6 +196,38 @@ TORCH_BPTT_DEVICE void multiply(const uint32_t (&weight)[CHUNKS][TILES][4],
 
 // ---- the loop -----------------------------------------------------------------------------------
 
+// Adds `count` quads, a power of two, in their order, which are read in few goes; FIRST have been
+// added.
+template <int MOST, int FIRST = 0, class Read>
+TORCH_BPTT_DEVICE void add_up(Elements<float, kQuad>& sum, int count, Read read) {
+  constexpr int kMany = FIRST > 0 ? FIRST : 1;
+  if constexpr (FIRST < MOST) {
+    if (FIRST > 0 && FIRST >= count) return;
+    Words4 more[kMany];
+    TORCH_BPTT_UNROLL
+    for (int k = 0; k < kMany; ++k) more[k] = read(FIRST + k);
+    TORCH_BPTT_UNROLL
+    for (int k = 0; k < kMany; ++k)
+      for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(more[k].word[e]); });
+    add_up<MOST, FIRST + kMany>(sum, count, read);
+  }
+}
+
+// What a quad of a step needs besides its product: what there always is, and what options bring.
+// The registers do not suffice to keep the latter during the product.
+template <class S>
+struct Prepared {
+  bool exists = false;
+  Origin origin{};  // of what arrives at the next step
+  Terms<S, kQuad> terms;
+};
+template <class S>
+struct Extras {
+  Constants<S, kQuad> constants;
+  Elements<Compute<S>, kQuad> leaking{};
+  Elements<S, kQuad> arriving{};  // at the next step, where it is not this one's state
+};
+
 template <class S, class Product, int TILES, class KNOWN>
 __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
     grid_kernel(const __grid_constant__ Loop<S> loop, const __grid_constant__ Steps steps,
@@ -189,23 +236,13 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   using C = Compute<S>;
   using Step = cuda::Step<S, KNOWN>;
   constexpr int kRegisterChunks = GridLayout::register_chunks(TILES);
-  // Rows that are multiplied together: as many as there are registers for their sums.
-  constexpr int kTogether = (Product::kReadAhead ? 2 : 1) * GridLayout::kTileRows;
+  constexpr int kTogether = GridLayout::rows_together(Product::kReadAhead, TILES);
+  // Whether there are registers to keep what a thread has prepared during the product.
+  constexpr bool kKeeps = Product::kReadAhead;
   unsigned char* const memory = shared_memory();
-  const auto box = [&](int64_t s, int group) {
-    return reinterpret_cast<Mailbox*>(memory) + (s & 1) * GridLayout::kMaxGroups + group;
-  };
-  const auto place = [&](int group) {
-    return memory + GridLayout::kPlaces + (group & 1) * layout.place_bytes;
-  };
+  const auto box_of = [](int s) { return (s & 1) * int(sizeof(Mailbox)); };
+  const auto box = [&](int s) { return reinterpret_cast<Mailbox*>(memory + box_of(s)); };
   float* const sums = reinterpret_cast<float*>(memory + layout.sums);
-  const auto letters = [&](int64_t s, int group) {
-    return reinterpret_cast<float*>(memory + layout.letters +
-                                    ((s & 1) * layout.groups + group) * layout.box_bytes);
-  };
-  const auto offset_of = [&](const void* own) {
-    return int(static_cast<const unsigned char*>(own) - memory);
-  };
   const int thread = int(thread_index()), lane = thread % kWarp, warp = thread / kWarp;
   const int block = int(block_index().x), rank = int(cluster_rank()), H = int(loop.H);
   const int across = warp % layout.across, part = warp / layout.across, chunks = layout.chunks;
@@ -213,6 +250,7 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
             units_end = units0 + layout.units < H ? units0 + layout.units : H,
             unit0 = units0 + across * TILES * GridLayout::kTileUnits,
             chunk0 = (rank * layout.parts + part) * chunks;
+  const int rows = layout.rows;
 
   // Weights of this warp's tiles and part of the slice: in registers, the rest in shared memory.
   uint32_t weight[kRegisterChunks][TILES][4];
@@ -248,150 +286,167 @@ __global__ void __launch_bounds__(GridLayout::kMaxThreads, 1)
   else
     read_weights(std::false_type{});
 
-  // The quad that this thread finishes of each group, and how many of its elements there are.
-  const int own_row = thread * kQuad / layout.own_units,
-            own_unit = thread * kQuad % layout.own_units;
+  // The quad of a row that this thread finishes, of every `own_step`th row, and how many of its
+  // elements there are; and the quads of the cluster's units that it sends.
+  const int own_quads = layout.own_units / kQuad, own_step = layout.own_step(),
+            own_unit = thread % own_quads * kQuad;
   const int j = block * layout.own_units + own_unit, left = H - j;
   const int count = left < 0 ? 0 : left < kQuad ? left : kQuad;
-  // The quads of the cluster's units that this thread sends: of every `send_step`th row.
-  const int row_quads = layout.units / kQuad, send_step = layout.threads / row_quads,
-            send_row = thread / row_quads, send_unit = thread % row_quads * kQuad;
+  const int own_row = count > 0 && thread / own_quads < own_step ? thread / own_quads : rows;
+  const int quads = layout.units / kQuad, send_step = layout.send_step(),
+            send_unit = thread % quads * kQuad,
+            send_row = thread / quads < send_step ? thread / quads : rows;
+  // Letters of step s: sums of all blocks for the own units, [block][row][unit].
+  const auto letters = [&](int s) { return layout.letters + (s & 1) * layout.box_bytes; };
+  const auto letter = [&](int from, int row, int unit) {
+    return ((from * rows + row) * layout.own_units + unit) * int(sizeof(float));
+  };
   const Remote receiver = in_block(unsigned(send_unit / layout.own_units), memory);
-  const int letter = rank * layout.rows * layout.own_units + send_unit % layout.own_units;
+  const int sent = letter(rank, 0, send_unit % layout.own_units);
 
-  const auto mine = [&](int group) { return count > 0 && own_row < layout.rows_of(group); };
-  const auto row_of = [&](int group) { return group * layout.rows + own_row; };
-  // This thread's part of what enters step s, where all blocks find it.
-  const auto write_entering = [&](int64_t s, int group, const Elements<S, kQuad>& values) {
+  // This thread's quad of what enters step s, where all blocks find it.
+  const auto write_entering = [&](int s, int row, const Elements<S, kQuad>& values) {
     unsigned char* const to =
-        workspace.states_of(layout, s, row_of(group)) + j * int64_t(sizeof(S));
+        workspace.place(layout, s) + (row * layout.state_row_bytes + j * int(sizeof(S)));
     __builtin_memcpy(__builtin_assume_aligned(to, kQuad * sizeof(S)), &values, sizeof values);
   };
-  // When all threads have written theirs. Publishing waits for memory, so that the warps take
-  // turns, and only the one whose turn it is waits.
-  const auto publish_entering = [&](int64_t s, int group) {
-    const int warps = layout.threads / kWarp;
-    if (warp != warps - 1 - group % warps) return arrive_at_part(1 + group, layout.threads);
-    sync_part(1 + group, layout.threads);
-    if (lane == 0) publish(workspace.flags_of(layout, group) + block, uint32_t(s) + 1);
+  // When all threads have written theirs. The last warp has the least to finish.
+  const auto publish_entering = [&](int s) {
+    sync_block();
+    if (thread == layout.threads - kWarp) publish(workspace.flags + block, uint32_t(s) + 1);
   };
 
-  // Rows that do not exist are multiplied along: zeros.
-  for (int at = thread * 16; at < layout.places * layout.place_bytes; at += layout.threads * 16)
-    store_words<16>(place(0) + at, Words4{});
+  // Rows and columns that do not exist are multiplied along, and nobody writes them: zeros.
+  for (int at = GridLayout::kPlace + thread * 16; at < layout.sums; at += layout.threads * 16)
+    store_words<16>(memory + at, Words4{});
   if (thread == 0) {
-    for (int i = 0; i < 2 * layout.groups; ++i) init_mailbox(box(i & 1, i >> 1), 1);
+    init_mailbox(box(0), 1);
+    init_mailbox(box(1), 1);
     publish_mailboxes();
   }
-  // Of the quad; its mask depends on the group, and is read with that.
-  const Constants<S, kQuad> of_units =
-      count > 0 ? Step::template of_units<kQuad>(loop, j, count) : Constants<S, kQuad>{};
   {
     const Step first(loop, steps.begin);
-    for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = first_row + row_of(group);
+    for (int row = own_row; row < rows; row += own_step) {
+      const int64_t b = first_row + row;
       Elements<S, kQuad> state{};
-      if (mine(group) && first.has(b))
-        state = rounded<Product>(first.template entering<kQuad>(b, j, count));
-      if (mine(group)) write_entering(0, group, state);
-      publish_entering(0, group);
+      if (first.has(b)) state = rounded<Product>(first.template entering<kQuad>(b, j, count));
+      write_entering(0, row, state);
     }
+    publish_entering(0);
   }
   sync_cluster();
 
-  const Slice slice(layout, workspace, H, int(sizeof(S)), across, part);
-  for (int64_t i = steps.begin; i < steps.end; ++i) {
-    const int64_t s = i - steps.begin;
-    const bool last = i + 1 == steps.end;
-    if (thread == 0)
-      for (int group = 0; group < layout.groups; ++group)
-        arrive_expecting(box(s, group), layout.rows_of(group) * layout.units * int(sizeof(float)));
-    slice.read(place(0), 0, s);
-    commit_copies();
-    for (int group = 0; group < layout.groups; ++group) {
-      if (group + 1 < layout.groups) {
-        slice.read(place(group + 1), group + 1, s);
-        commit_copies();
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
-      sync_block();  // the slice is there, and the sums of the group before have been read
+  const Slice slice(layout, memory + GridLayout::kPlace + part * layout.part_bytes(),
+                    H * int(sizeof(S)), layout.own_units * int(sizeof(S)), across, part);
+  const int many = int(steps.end - steps.begin);
+  for (int s = 0; s < many; ++s) {
+    const int64_t i = steps.begin + s;
+    const bool last = s + 1 == many;
+    if (thread == 0) arrive_expecting(box(s), rows * layout.units * int(sizeof(float)));
 
-      const int rows = layout.rows_of(group);
-      for (int r = 0; r < rows; r += kTogether) {
+    const auto prepare = [&](int row) {
+      const int64_t b = first_row + row;
+      const Step step(loop, i), next(loop, i + 1);
+      Prepared<S> made;
+      made.exists = step.has(b);
+      if (!last && next.has(b)) made.origin = next.origin(b);
+      if (made.exists)
+        made.terms = step.terms(step.template inputs<kQuad>(b, j, count, step.sources(b, j)),
+                                Step::template of_units<kQuad>(loop, j, count));
+      return made;
+    };
+    const auto read_extras = [&](int row, const Prepared<S>& own) {
+      const int64_t b = first_row + row;
+      const Step step(loop, i), next(loop, i + 1);
+      Extras<S> read;
+      read.constants = step.template constants<kQuad>(b, j, count);
+      if (own.exists) read.leaking = step.template leaking<kQuad>(b, j, count);
+      if (own.origin != Origin::state)
+        read.arriving = next.template arriving<kQuad>(own.origin, b, j, count, {});
+      return read;
+    };
+    const auto finish = [&](int row, const Prepared<S>& own, const Extras<S>& extras) {
+      const int64_t b = first_row + row;
+      const Step step(loop, i), next(loop, i + 1);
+      Finished<S, kQuad> finished;
+      if (own.exists) {
+        Elements<C, kQuad> product{};
+        add_up<GridLayout::kMostBlocks>(product, layout.cluster, [&](int from) {
+          return load_words<16>(memory + letters(s) + letter(from, row, own_unit));
+        });
+        finished = step.template finish<kQuad>(b, j, count, product, extras.leaking, own.terms,
+                                               extras.constants);
+      }
+      if (last) return finished;
+      Elements<S, kQuad> arriving = extras.arriving;
+      if (own.origin == Origin::state) arriving = finished.state;
+      write_entering(s + 1, row, rounded<Product>(next.entering(arriving, extras.constants)));
+      return finished;
+    };
+    const auto write = [&](int row, const Finished<S, kQuad>& finished) {
+      const int64_t b = first_row + row;
+      const Step step(loop, i);
+      step.write(b, j, count, finished, step.targets(b, j));
+      step.hand_over(b, j, count, finished);
+    };
+
+    // While others publish what enters.
+    Prepared<S> own;
+    if (kKeeps && own_row < rows) own = prepare(own_row);
+    slice.read(workspace, s);
+    if (s + kPrefetched < many) {
+      const Step later(loop, i + kPrefetched);
+      for (int row = own_row; row < rows; row += own_step)
+        if (const int64_t b = first_row + row; later.has(b)) later.prefetch(b, later.sources(b, j));
+    }
+
+    for (int stage = 0, pending = layout.stages; stage < rows; stage += layout.stage_rows) {
+      const int end = stage + layout.stage_rows < rows ? stage + layout.stage_rows : rows;
+      wait_copies_but<GridLayout::kMostStages - 1>(--pending);
+      sync_part(1 + part, layout.across * kWarp);
+      for (int r = stage; r < end; r += kTogether) {
         const unsigned char* const from =
-            place(group) + r * layout.row_bytes + part * chunks * GridLayout::kChunkBytes;
+            memory + GridLayout::kPlace + r * layout.row_bytes + part * layout.part_bytes();
         float* const to = sums + part * layout.part_sums + r * layout.sum_stride +
                           across * TILES * GridLayout::kTileUnits;
-        if (r + GridLayout::kTileRows < rows)
+        if (kTogether > GridLayout::kTileRows && r + GridLayout::kTileRows < end)
           multiply<Product, kTogether / GridLayout::kTileRows>(
               weight, more_weight, chunks, from, layout.row_bytes, to, layout.sum_stride);
         else
           multiply<Product, 1>(weight, more_weight, chunks, from, layout.row_bytes, to,
                                layout.sum_stride);
       }
-      sync_block();
+    }
+    sync_block();
 
-      if (send_row >= send_step) continue;
-      for (int row = send_row; row < rows; row += send_step) {
-        Elements<C, kQuad> sum{};
-        TORCH_BPTT_UNROLL_LITTLE
-        for (int p = 0; p < layout.parts; ++p) {
-          const Words4 add =
-              load_words<16>(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
-          for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
-        }
-        Words4 text;
-        for_elements<kQuad>(kQuad, [&](int e) { text.word[e] = as_bits(sum[e]); });
-        const auto* const own = letters(s, group) + letter + row * layout.own_units;
-        send(receiver + offset_of(own), text, receiver + offset_of(box(s, group)));
-      }
+    for (int row = send_row; row < rows; row += send_step) {
+      Elements<C, kQuad> sum{};
+      add_up<GridLayout::kMostParts>(sum, layout.parts, [&](int p) {
+        return load_words<16>(sums + p * layout.part_sums + row * layout.sum_stride + send_unit);
+      });
+      Words4 text;
+      for_elements<kQuad>(kQuad, [&](int e) { text.word[e] = as_bits(sum[e]); });
+      send(receiver + (letters(s) + sent + letter(0, row, 0)), text, receiver + box_of(s));
     }
 
-    const Step step(loop, i), next(loop, i + 1), later(loop, i + kPrefetched);
-    for (int group = 0; group < layout.groups; ++group) {
-      const int64_t b = first_row + row_of(group);
-      const bool exists = mine(group) && step.has(b), goes_on = mine(group) && !last && next.has(b);
-      Constants<S, kQuad> constants = of_units;
-      Inputs<S, kQuad> inputs;
-      Elements<C, kQuad> leaking{};
-      if (exists) {
-        inputs = step.template inputs<kQuad>(b, j, count, step.sources(b, j));
-        leaking = step.template leaking<kQuad>(b, j, count);
-      }
-      if (mine(group)) constants.mask = step.template mask_of<kQuad>(b, j, count);
-      if (mine(group) && i + kPrefetched < steps.end && later.has(b))
-        later.prefetch(b, later.sources(b, j));
-      const Origin origin = goes_on ? next.origin(b) : Origin::nothing;
-      const Terms<S, kQuad> terms = step.terms(inputs, constants);
-      wait_for_mail(box(s, group), unsigned(s >> 1 & 1));
-      Finished<S, kQuad> finished;
-      if (exists) {
-        Elements<C, kQuad> sum{};
-        const float* const from = letters(s, group) + own_row * layout.own_units + own_unit;
-        TORCH_BPTT_UNROLL_LITTLE
-        for (int r = 0; r < layout.cluster; ++r) {
-          const Words4 add = load_words<16>(from + r * layout.rows * layout.own_units);
-          for_elements<kQuad>(kQuad, [&](int e) { sum[e] += as_float(add.word[e]); });
-        }
-        finished = step.template finish<kQuad>(b, j, count, sum, leaking, terms, constants);
-      }
-      if (!last) {
-        Elements<S, kQuad> state{};
-        if (goes_on) {
-          state = next.template arriving<kQuad>(origin, b, j, count, finished);
-          state = rounded<Product>(next.entering(state, constants));
-        }
-        if (mine(group)) write_entering(s + 1, group, state);
-        publish_entering(s + 1, group);
-      }
-      // Others wait for what enters: what is for later comes after it.
-      if (exists) {
-        step.write(b, j, count, finished, step.targets(b, j));
-        step.hand_over(b, j, count, finished);
-      }
+    Extras<S> extras;
+    if (!kKeeps && own_row < rows) own = prepare(own_row);
+    if (own_row < rows) extras = read_extras(own_row, own);
+    Finished<S, kQuad> finished;
+    int row = own_row;
+    for (;; row += own_step) {
+      // Who finishes nothing waits as well: the block may not end before.
+      wait_for_mail(box(s), unsigned(s >> 1 & 1));
+      if (row >= rows) break;
+      finished = finish(row, own, extras);
+      if (row + own_step >= rows) break;
+      if (own.exists) write(row, finished);
+      own = prepare(row + own_step);
+      extras = read_extras(row + own_step, own);
     }
+    if (!last) publish_entering(s + 1);
+    // Others wait for what enters: what is for later comes after it.
+    if (own.exists) write(row, finished);
   }
 }
 
@@ -419,9 +474,9 @@ Launch launch_of(const GridLayout& layout, void* stream) {
 
 template <class S, class Product, int TILES>
 Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void* stream) {
-  const auto run_rows = [&](auto kernel, int64_t first_row, int64_t rows) -> Error {
+  const auto run_rows = [&](auto kernel, int64_t first_row, int rows) -> Error {
     const GridLayout layout(loop.H, rows, sizeof(S), plan.cluster, plan.blocks / plan.cluster,
-                            plan.rows, plan.tile);
+                            plan.tile);
     const Launch how = launch_of(layout, stream);
     if (Error error = prepare(kernel, how)) return error;
     const Workspace workspace(layout, memory);
@@ -433,9 +488,10 @@ Error run(const Loop<S>& loop, Steps steps, const Plan& plan, void* memory, void
   return run_knowing(loop, kQuad, [&](auto known) -> Error {
     const auto kernel = grid_kernel<S, Product, TILES, decltype(known)>;
     const int64_t B = loop.schedule.B;
-    for (int64_t row = 0; row < B; row += plan.batch) {
-      const int64_t rows = plan.batch < B - row ? plan.batch : B - row;
-      if (Error error = run_rows(kernel, row, rows)) return error;
+    for (int64_t row = 0; row < B; row += plan.rows) {
+      const int64_t left = B - row;
+      if (Error error = run_rows(kernel, row, left < plan.rows ? int(left) : plan.rows))
+        return error;
     }
     return nullptr;
   });
@@ -461,7 +517,6 @@ int whole_grid_clusters(int cluster, int64_t shared_bytes) {
   how.grid.x = how.cluster = unsigned(cluster);
   how.threads = GridLayout::kMaxThreads;
   how.shared_bytes = size_t(shared_bytes);
-  how.whole_grid = true;
   int clusters = 0;
   const auto kernel =
       grid_kernel<float, TensorProduct<float, 2>, 1, Known<int(Pass::forward), true, true>>;

@@ -117,7 +117,6 @@ struct Plan {
   Arithmetic arithmetic{};
   int tile = 0;        // step: which of kStepTiles; grid: tiles of a warp
   int rows = 0;        // of the batch that go together
-  int64_t batch = 0;   // grid: rows of a launch
   int cluster = 1;     // blocks of a cluster
   int64_t blocks = 0;  // of a launch
   int threads = 0;     // of a block

@@ -108,9 +108,6 @@ inline void sync_block(Where where = Where::current()) { host::sync_block(where)
 inline void sync_part(int id, int threads, Where where = Where::current()) {
   host::sync_part(id, threads, where);
 }
-inline void arrive_at_part(int id, int threads, Where where = Where::current()) {
-  host::arrive_at_part(id, threads, where);
-}
 inline void warp_sync(Where where = Where::current()) {
   host::warp_together("warp_sync", nullptr, [](void* const*) {}, where);
 }

@@ -141,7 +141,6 @@ struct Copy {
 // Where threads come together: they go on when `expected` of them are there.
 struct Meeting {
   std::vector<Thread*> waiting;
-  int arrived = 0;  // and did not wait
   int expected = 0;
 };
 
@@ -385,25 +384,16 @@ void let_overtake() {
   leave(next_thread());
 }
 
-// Comes last to a meeting: all that wait go on.
-void open(Meeting& meeting) {
-  for (Thread* thread : meeting.waiting) ready_now(thread);
-  meeting.waiting.clear();
-  meeting.arrived = meeting.expected = 0;
-  let_overtake();
-}
-
-// Whether the running thread is the last one.
-bool comes_last(Meeting& meeting, int expected, const Where& where) {
-  const int before = int(meeting.waiting.size()) + meeting.arrived;
-  if (before == 0) meeting.expected = expected;
+// The last one to come opens it: all that wait go on.
+void meet(Meeting& meeting, int expected, const char* what, const Where& where) {
+  if (meeting.waiting.empty()) meeting.expected = expected;
   if (meeting.expected != expected)
     fault("sync_part: threads that meet differ in the number", where);
-  return before + 1 == expected;
-}
-
-void meet(Meeting& meeting, int expected, const char* what, const Where& where) {
-  if (comes_last(meeting, expected, where)) return open(meeting);
+  if (int(meeting.waiting.size()) + 1 == expected) {
+    for (Thread* thread : meeting.waiting) ready_now(thread);
+    meeting.waiting.clear();
+    return let_overtake();
+  }
   meeting.waiting.push_back(current);
   wait(what, where);
 }
@@ -623,24 +613,10 @@ void sync_block(const Where& where) {
   meet(current->block->meetings[0], current->place.block_threads, "sync_block", where);
 }
 
-namespace {
-
-Meeting& part_meeting(int id, int threads, const Where& where) {
+void sync_part(int id, int threads, const Where& where) {
   if (id < 1 || id > 15 || threads <= 0 || threads % 32)
     fault("a part of a block: id 1 to 15 and whole warps", where);
-  return current->block->meetings[id];
-}
-
-}  // namespace
-
-void sync_part(int id, int threads, const Where& where) {
-  meet(part_meeting(id, threads, where), threads, "sync_part", where);
-}
-
-void arrive_at_part(int id, int threads, const Where& where) {
-  Meeting& meeting = part_meeting(id, threads, where);
-  if (comes_last(meeting, threads, where)) return open(meeting);
-  ++meeting.arrived;
+  meet(current->block->meetings[id], threads, "sync_part", where);
 }
 
 void sync_cluster(const Where& where) {

@@ -64,7 +64,6 @@ void check_aligned(const void* address, size_t bytes, const Where& where);
 
 void sync_block(const Where& where);
 void sync_part(int id, int threads, const Where& where);
-void arrive_at_part(int id, int threads, const Where& where);
 void sync_cluster(const Where& where);
 
 // All lanes of the warp hand in something; the last one to come does combine() for all of them.

@@ -14,13 +14,17 @@ using namespace torch_bptt::cuda;
 // As the ctypes.Structure there. Rows are dense and contiguous; what is null is absent.
 struct Call {
   int64_t pass, activation, tensor, reverse, truncate, gate_given;
-  int64_t T, B, H, grid, cluster, clusters, rows, tiles, batch, begin, end, seed;
+  int64_t T, B, H, grid, cluster, clusters, rows, tiles, begin, end, seed;
   double clip;
   const void *weight, *mask, *c, *noise, *bias, *g, *gate, *first, *restart, *g_n;
   const float* alpha;
   const bool* keep;
   void *state, *f, *h_n, *d, *d_exact, *d0, *restart_sum, *carried;
 };
+
+GridLayout grid_layout_of(const Call& call, int size) {
+  return {call.H, int(call.rows), size, int(call.cluster), call.clusters, int(call.tiles)};
+}
 
 template <class S>
 const char* run(const Call& call) {
@@ -68,13 +72,11 @@ const char* run(const Call& call) {
   plan.rows = int(call.rows);
   plan.tile = int(call.tiles);
   plan.blocks = call.cluster * call.clusters;
-  plan.batch = call.batch ? call.batch : call.B;
   const Steps steps{call.begin, call.end < 0 ? loop.steps() : call.end};
   host::set_schedule_seed(uint64_t(call.seed));
   try {
     if (!call.grid) return run_cluster_path(loop, steps, plan, nullptr);
-    const GridLayout layout(call.H, plan.batch, sizeof(S), int(call.cluster), call.clusters,
-                            int(call.rows), int(call.tiles));
+    const GridLayout layout = grid_layout_of(call, sizeof(S));
     if (!layout.fits(227 * 1024)) return "these tiles do not fit";
     // What nobody writes is NaN.
     std::vector<unsigned char> workspace(layout.workspace_bytes() + 256, 0xff);
@@ -98,11 +100,12 @@ extern "C" void cluster_layout(int64_t H, int size, int cluster, int rows, int64
   out[0] = l.threads, out[1] = l.chunks, out[2] = l.shared_bytes, out[3] = l.fits(available);
 }
 
-// {chunks of a part, those in shared memory, groups of rows}
+// {rows that threads finish one after the other, stages, parts, warps of a part, chunks of a part
+// in shared memory}
 extern "C" void grid_layout(const Call* call, int size, int64_t* out) {
-  const GridLayout l(call->H, call->B, size, int(call->cluster), call->clusters, int(call->rows),
-                     int(call->tiles));
-  out[0] = l.chunks, out[1] = l.shared_chunks, out[2] = l.groups;
+  const GridLayout l = grid_layout_of(*call, size);
+  out[0] = ceil_div(l.rows, l.own_step()), out[1] = ceil_div(l.rows, l.stage_rows);
+  out[2] = l.parts, out[3] = l.across, out[4] = l.shared_chunks;
 }
 
 // {cluster, rows, blocks, threads, shared_bytes}; false: not on this path.

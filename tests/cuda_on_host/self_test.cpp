@@ -52,21 +52,6 @@ __global__ void halves_meet(float* out) {
   }
 }
 
-// The first warp says that it has written and goes on; the second one waits for that.
-__global__ void one_warp_waits(float* out) {
-  auto* shared = reinterpret_cast<float*>(shared_memory());
-  const unsigned i = thread_index() % kWarp;
-  for (int step = 0; step < 3; ++step) {
-    if (warp_index() == 0) {
-      shared[step * kWarp + i] = float(100 * step + i);
-      arrive_at_part(1 + step, 64);
-    } else {
-      sync_part(1 + step, 64);
-      out[step * kWarp + i] = shared[step * kWarp + (i + 1) % kWarp];
-    }
-  }
-}
-
 __global__ void one_does_not_come() {
   if (thread_index() == 40) return;
   sync_block();
@@ -395,12 +380,6 @@ const std::map<std::string, void (*)()> kTests = {
      [] {
        std::vector<float> out(128);
        start(halves_meet, {.threads = 128, .shared_bytes = 512}, out.data());
-       print("out", out);
-     }},
-    {"one_warp_waits",
-     [] {
-       std::vector<float> out(96);
-       start(one_warp_waits, {.threads = 64, .shared_bytes = 384}, out.data());
        print("out", out);
      }},
     {"one_does_not_come", [] { start(one_does_not_come, {.grid = {3}, .threads = 64}); }},
