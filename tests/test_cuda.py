@@ -334,7 +334,7 @@ def test_the_plan_finds_what_the_device_has():
         assert facts["largest_cluster"] == 16
         assert facts["whole_grid"]
         for size, clusters in zip((2, 4, 8, 16), facts["resident_clusters"], strict=True):
-            assert 0.75 * facts["multiprocessors"] <= size * clusters <= facts["multiprocessors"]
+            assert 0.7 * facts["multiprocessors"] <= size * clusters <= facts["multiprocessors"]
 
 
 @pytest.mark.parametrize("setting", ["matmul", "cudnn.rnn", "all"])
