@@ -142,8 +142,8 @@ std::vector<Tensor> second_backward(const std::vector<Tensor>& tensors,
 
 namespace {
 
-// What would run where, for those who want to know or to test it: no device is asked.
 #ifdef TORCH_BPTT_CUDA
+// What the plan knows of a device.
 std::map<std::string, pybind11::object> cuda_facts(int index) {
   using namespace torch_bptt::cuda;
   const DeviceFacts& facts = facts_of(c10::Device(c10::kCUDA, c10::DeviceIndex(index)));
@@ -158,6 +158,7 @@ std::map<std::string, pybind11::object> cuda_facts(int index) {
 }
 #endif
 
+// What would run where, for those who want to know or to test it: no device is asked.
 std::map<std::string, pybind11::object> cuda_plan(const std::tuple<int, int, int64_t, int>& device,
                                                   const std::string& operation,
                                                   const std::string& dtype, int64_t T, int64_t B,

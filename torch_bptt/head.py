@@ -111,16 +111,20 @@ def total_loss(
     Returns:
         A scalar, in float32 where states are narrower.
     """
-    o = _linear(states[:0], weight, bias)
-    if len(states) <= criterion.rows_at_a_time(o.shape[-1]) or transformed():
+    if len(states) <= criterion.rows_at_a_time(_outputs(states, weight)) or transformed():
         return _total(states, weight, bias, target, criterion)
-    dtype = o.dtype  # not that of states under autocast
+    dtype = _linear(states[:0], weight, bias).dtype  # not that of states under autocast
     tensors = [None if tensor is None else tensor.to(dtype) for tensor in (states, weight, bias)]
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in tensors
     ]
     return TotalLoss.apply(*tensors, target, criterion, wanted)
+
+
+def _outputs(states, weight):
+    """K."""
+    return states.shape[-1] if weight is None else len(weight)
 
 
 def _linear(states, weight, bias):
@@ -150,7 +154,7 @@ class TotalLoss(Function):
         grad_weight = torch.zeros_like(_wide(weight)) if of_weight else None
         grad_bias = torch.zeros_like(_wide(bias)) if of_bias else None
         total = _wide(states.new_zeros(()))
-        chunk = criterion.rows_at_a_time((states if weight is None else weight.mT).shape[-1])
+        chunk = criterion.rows_at_a_time(_outputs(states, weight))
         for first in range(0, len(states), chunk):
             rows = slice(first, first + chunk)
             h = states[rows]

@@ -14,7 +14,6 @@ namespace torch_bptt::cuda {
 struct ClusterLayout : Tiles {
   static constexpr int kUnrolled = 4;  // chunks between two looks at their number
   static constexpr int kPlaces = 128;  // where they begin; before them, two mailboxes
-  static constexpr int kMostBlocks = 16, kMostParts = kMaxThreads / 32;
 
   int cluster, rows;
   int units, tiles, parts, threads;

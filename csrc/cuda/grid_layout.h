@@ -18,11 +18,9 @@ namespace torch_bptt::cuda {
 // The warps of a block are cut by units, `across` of them with `tiles` tiles each, and by parts of
 // its slice.
 struct GridLayout : Tiles {
-  static constexpr int kMostTiles = 3;    // of a warp
-  static constexpr int kMostParts = 8;    // of a slice
-  static constexpr int kMostBlocks = 16;  // of a cluster
-  static constexpr int kMostRows = 128;   // of the batch
-  static constexpr int kMostStages = 4;   // in which they are read and multiplied
+  static constexpr int kMostTiles = 3;   // of a warp
+  static constexpr int kMostRows = 128;  // of the batch
+  static constexpr int kMostStages = 4;  // in which they are read and multiplied
   // Chunks of each of its tiles that a warp has in registers; two go together.
   TORCH_BPTT_INLINE static constexpr int register_chunks(int tiles) {
     return kRegisterChunks / tiles / 2 * 2;

@@ -13,8 +13,10 @@ constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, mul
 struct Tiles {
   static constexpr int kTileUnits = 16, kTileRows = 8, kChunkBytes = 32, kWeightBytes = 512;
   static constexpr int kMaxThreads = 256;
-  static constexpr int kRegisterChunks = 32;  // of each warp's weight: 128 registers
-  static constexpr int kQuad = 4;             // each thread finishes so many units of a row
+  static constexpr int kMostParts = kMaxThreads / 32;  // of a sum, with warps of its own each
+  static constexpr int kMostBlocks = 16;               // of a cluster
+  static constexpr int kRegisterChunks = 32;           // of each warp's weight: 128 registers
+  static constexpr int kQuad = 4;  // each thread finishes so many units of a row
 };
 
 }  // namespace torch_bptt::cuda
